@@ -12,6 +12,7 @@ mod clock;
 mod descriptor;
 mod named;
 mod process;
+mod regular;
 mod socket;
 mod user;
 
@@ -19,5 +20,6 @@ pub use clock::{Clock, clock};
 pub use descriptor::{Borrowed, Descriptor};
 pub use named::{Entry, Named, open_folder, open_to_read, resolve};
 pub use process::Process;
+pub use regular::{check_regular, open_regular, other_than_file};
 pub use socket::{SocketAccess, SocketPath, Untrusted, check_server, connect, listen, may_give_access};
 pub use user::{Group, User};

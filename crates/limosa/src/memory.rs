@@ -241,10 +241,11 @@ fn is_denied(error: &io::Error) -> bool {
     Errno::from_io_error(error).is_some_and(|errno| denied.contains(&errno))
 }
 
-/// Refuses what is no regular file, or not the expected user's.
+/// Refuses a file that is not a regular one, or not the expected user's.
 fn check(named: &Memory, found: &rustix::fs::Stat) -> io::Result<()> {
-    if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
-        return Err(refusal("it is no regular file; expected one that the guest's memory is a mapping of"));
+    if let Some(kind) = limosa_host::other_than_file(found) {
+        let expected = "expected a regular file that the guest's memory is a mapping of";
+        return Err(refusal(format!("it is {kind}; {expected}")));
     }
     let (owner, current) = (User(found.st_uid), User::current());
     match named.owner {

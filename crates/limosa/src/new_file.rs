@@ -1,9 +1,13 @@
 //! A path at which a command is about to write a file: what is wrong with it has one code, whichever option names it, and is said
 //! before anything is touched.
 
-use std::fs::{FileType, symlink_metadata};
-use std::os::unix::fs::FileTypeExt;
+use std::fs::{File, FileType, OpenOptions, symlink_metadata};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::Errno;
 
 use crate::exit::{self, Code};
 
@@ -33,6 +37,26 @@ pub fn check(path: &Path, option: &str, replace: bool) -> anyhow::Result<()> {
             "a file is there already; choose another name, or let --replace replace it",
         ),
     }
+}
+
+/// Opens a file to write to, which may also be a terminal or a FIFO. A FIFO that no process reads is refused instead of waited for:
+/// `InvalidInput`, as for a socket. `flags` are further flags.
+pub fn open(path: &Path, options: &mut OpenOptions, flags: OFlags) -> io::Result<File> {
+    let flags = flags | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = match options.custom_flags(flags.bits().cast_signed()).open(path) {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::NXIO) => {
+            let kind = path.metadata().ok().and_then(|found| other_than_file(found.file_type()));
+            let what = match kind {
+                Some("a FIFO") => "it is a FIFO that no process reads; start its reader first",
+                Some("a socket") => "it is a socket; expected a file, a terminal or a FIFO",
+                _ => return Err(error),
+            };
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
+        opened => opened?,
+    };
+    fcntl_setfl(&file, fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
+    Ok(file)
 }
 
 /// What it is that is no regular file.

@@ -1,5 +1,6 @@
 //! Where snapshots lie: a file, or an object in an S3-compatible store.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use limosa_migrate::{SnapshotFile, SnapshotSource, SnapshotTarget};
@@ -30,13 +31,28 @@ impl SnapshotLocation {
         Ok(place)
     }
 
-    /// Where a snapshot is; nothing is opened yet.
+    /// A snapshot that the user names; nothing is opened yet. A file of another kind is refused.
     pub fn saved(name: &Path) -> anyhow::Result<SnapshotLocation> {
         if name.as_os_str() == "-" {
             let what = "-: a snapshot is not read from standard input; expected a file that `limosa save` wrote, as ./- if that is \
                         its name, or s3://BUCKET/KEY";
             return Err(exit::error(Code::Usage, what));
         }
+        let place = SnapshotLocation::of(name, false)?;
+        if matches!(place, SnapshotLocation::File(_)) {
+            match limosa_host::check_regular(name, "expected a file that `limosa save` wrote") {
+                Err(error) if error.kind() == ErrorKind::InvalidInput => {
+                    return Err(exit::error(Code::Unreachable, format!("{}: {error}", name.display())));
+                }
+                // Whoever opens it explains any other error.
+                _ => {}
+            }
+        }
+        Ok(place)
+    }
+
+    /// The snapshot that a note of this command names.
+    pub fn noted(name: &Path) -> anyhow::Result<SnapshotLocation> {
         SnapshotLocation::of(name, false)
     }
 

@@ -171,7 +171,7 @@ impl Settling<'_> {
                 format!("move {id} was saved to {place}, and no destination can be asked; expected no --to");
             return Err(exit::error(Code::Usage, what));
         }
-        let found = SnapshotLocation::saved(Path::new(place))?;
+        let found = SnapshotLocation::noted(Path::new(place))?;
         let why = match published(found.source(), *id, Options::default().silence_max, None) {
             Ok(Decision::Unknown) => String::new(),
             Ok(decision) => return Ok(decision),

@@ -4,6 +4,7 @@
 //! why it did not. A new server that gives up or dies says nothing of the old one, so that one is asked itself. A server of another make
 //! has no such document: it serves if the old one has ended, and it listens where that did.
 
+use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -14,12 +15,14 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use limosa_switch_over::{Answer, Peer, ask};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::OFlags;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
 use super::serve::Listening;
 use crate::args;
 use crate::exit::{self, Code};
+use crate::new_file;
 use crate::output::{Output, plain};
 use crate::wrong_socket;
 
@@ -298,7 +301,9 @@ impl New {
             command.arg("--json");
         }
         if let Some(log) = &args.log {
-            let opened = std::fs::File::options().append(true).create(true).open(log).map_err(|error| {
+            let mut options = File::options();
+            options.append(true).create(true);
+            let opened = new_file::open(log, &mut options, OFlags::empty()).map_err(|error| {
                 let what = format!(
                     "--log {}: {error}; expected a file to append to; nothing was started",
                     log.display()

@@ -18,6 +18,7 @@ use rustix::fs::OFlags;
 use crate::args;
 use crate::commands::serve;
 use crate::exit::{self, Code};
+use crate::new_file;
 use crate::open::Opening;
 use crate::output::Output;
 use crate::signals;
@@ -226,16 +227,19 @@ fn create(paths: [&Option<PathBuf>; 2]) -> anyhow::Result<[Option<(String, File)
 fn open(path: &Path) -> anyhow::Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(false).mode(0o600);
-    // Not through a link of somebody else's.
-    options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
     let failed = |error: io::Error| {
         let hint = match path.is_symlink() {
             true => "; it is a symbolic link, through which no trace is written",
             false => "",
         };
-        exit::error(exit::of_file(&error), format!("{}: {error}{hint}", path.display()))
+        let code = match error.kind() {
+            io::ErrorKind::InvalidInput => Code::Unreachable,
+            _ => exit::of_file(&error),
+        };
+        exit::error(code, format!("{}: {error}{hint}", path.display()))
     };
-    let file = options.open(path).map_err(failed)?;
+    // Not through a link of somebody else's.
+    let file = new_file::open(path, &mut options, OFlags::NOFOLLOW).map_err(failed)?;
     if file.metadata().map_err(failed)?.is_file() {
         // One that was there may have another mode.
         file.set_permissions(Permissions::from_mode(0o600)).map_err(failed)?;

@@ -325,7 +325,8 @@ fn a_run_was_awaited_from_a_fifo_that_nobody_wrote_to() {
     let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
     rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
     for pair in [[&fifo, &run], [&run, &fifo]] {
-        limosa(&["bench", "compare", pair[0], pair[1]]).fails(4, &["fifo", "no regular file"]);
+        limosa(&["bench", "compare", pair[0], pair[1]])
+            .fails(4, &["it is a FIFO", "expected a regular file"]);
     }
     // One that is given as standard input ends.
     let same = start_reading(std::fs::File::open(&run).unwrap(), &["bench", "compare", &run, "-"]).end();

@@ -61,17 +61,30 @@ fn what_is_no_device_is_called_what_it_is() {
 fn one_kind_of_file_had_one_code_in_one_command_and_another_in_the_next() {
     let folder = kinds();
     let device = folder.device("device", &[]);
-    // Nothing of it is waited for: a FIFO without a writer would hold up its reader for ever.
     for name in ["folder", "FIFO", "socket", "missing"] {
         let path = folder.text(name);
-        says(&limosa(&["bench", "compare", &path, &path]), 4, &path, &["cannot be read"]);
-        says(&limosa(&["serve", "--config", &path]), 4, &path, &["--config", "expected a file in TOML"]);
-    }
-    for name in ["folder", "socket", "missing"] {
-        let path = folder.text(name);
-        limosa(&["inspect", &path]).fails(4, &[&path]);
-        limosa(&["verify", &path]).fails(4, &[&path]);
-        says(&limosa(&["load", &path, &device.socket]), 4, &path, &["was not loaded"]);
+        let kind =
+            if name == "missing" { "No such file".into() } else { format!("it is a {name}; expected") };
+        says(&limosa(&["bench", "compare", &path, &path]), 4, &path, &["cannot be read", &kind]);
+        says(
+            &limosa(&["serve", "--config", &path]),
+            4,
+            &path,
+            &["--config", "expected a file in TOML", &kind],
+        );
+        let check = |options: &[&str]| limosa(&[&["check", &device.socket], options].concat());
+        says(&check(&["--profile", &path]), 4, &path, &["cannot be read", &kind]);
+        says(&check(&["--destructive", "--replay", &path]), 4, &path, &["cannot be read", &kind]);
+        if name != "missing" {
+            let known = ["--destructive", "--fuzz", "1", "--known", &path];
+            says(&check(&known), 4, &path, &["cannot be read", &kind]);
+        }
+        for args in [&["inspect", &path][..], &["verify", &path], &["load", &path, &device.socket]] {
+            says(&limosa(args), 4, &path, &[&kind]);
+        }
+        let tls = ["--tls-ca", &path, "--tls-cert", &path, "--tls-key", &path];
+        let send = limosa(&[&["send", &device.socket, "--to", "tcp:localhost:1"], &tls[..]].concat());
+        says(&send, if name == "missing" { 4 } else { 2 }, &path, &[&kind]);
     }
     for name in ["folder", "FIFO", "file", "empty file"] {
         let (path, address) = (folder.text(name), format!("unix:{}", folder.text(name)));
@@ -89,6 +102,31 @@ fn one_kind_of_file_had_one_code_in_one_command_and_another_in_the_next() {
     for args in [&["probe", &long][..], &["inspect", &long], &["load", &long, &device.socket]] {
         limosa(args).fails(4, &["File name too long"]);
     }
+}
+
+/// `inspect`, `verify` and `load` waited 30 s, and `trace` and `switch-over` for ever.
+#[test]
+fn a_fifo_without_its_other_end_was_waited_for() {
+    let folder = kinds();
+    let device = folder.device("device", &[]);
+    let fifo = folder.text("FIFO");
+    for args in [&["inspect", &fifo][..], &["verify", &fifo], &["load", &fifo, &device.socket]] {
+        let expected = "it is a FIFO; expected a file that `limosa save` wrote";
+        says(&limosa(args), 4, &fifo, &[expected]);
+    }
+    assert!(device.runs(0), "the load did not touch the device");
+    let nobody_reads = "it is a FIFO that no process reads";
+    for option in ["--output", "--pcap"] {
+        says(&limosa(&["trace", option, &fifo, "--", "true"]), 4, &fifo, &[nobody_reads]);
+        let socket = folder.text("socket");
+        says(&limosa(&["trace", option, &socket, "--", "true"]), 4, &socket, &["it is a socket"]);
+    }
+    // One that has a reader is written to.
+    let opened = std::fs::File::options().read(true).write(true).open(&fifo).unwrap();
+    limosa(&["trace", "--pcap", &fifo, "--", "true"]).ok();
+    let mut begin = [0; 4];
+    std::io::Read::read_exact(&mut &opened, &mut begin).unwrap();
+    assert_eq!(&begin, b"\n\r\r\n", "the section header of a pcapng file");
 }
 
 #[test]

@@ -78,16 +78,18 @@ fn a_server_that_hangs_holds_a_change_of_state_up_for_as_long_as_is_said() {
 fn what_is_no_snapshot_was_read_for_ever() {
     let folder = Folder::new();
     let device = folder.device("device", &[]);
-    for no_snapshot in ["/dev/zero", "/dev/urandom"] {
-        limosa(&["inspect", no_snapshot]).fails(DAMAGED, &[no_snapshot, "not a whole saved stream"]);
-        limosa(&["verify", no_snapshot]).fails(DAMAGED, &[no_snapshot]);
-        limosa(&["load", no_snapshot, &device.socket]).fails(DAMAGED, &[no_snapshot, "limosa save"]);
+    for node in ["/dev/zero", "/dev/urandom"] {
+        for args in [&["inspect", node][..], &["verify", node], &["load", node, &device.socket]] {
+            limosa(args).fails(UNREACHABLE, &[node, "it is a device node", "limosa save"]);
+        }
     }
-    let huge = std::fs::File::create(folder.path("huge")).unwrap();
-    huge.set_len(1 << 43).unwrap();
-    let said = limosa(&["inspect", &folder.text("huge")]);
-    said.fails(DAMAGED, &["not a whole saved stream"]);
+    let huge = folder.text("huge");
+    std::fs::File::create(&huge).unwrap().set_len(1 << 43).unwrap();
+    let said = limosa(&["inspect", &huge]);
+    said.fails(DAMAGED, &[&huge, "not a whole saved stream"]);
     assert!(said.out.contains("no stream"), "{said:?}");
+    limosa(&["verify", &huge]).fails(DAMAGED, &[&huge]);
+    limosa(&["load", &huge, &device.socket]).fails(DAMAGED, &[&huge, "limosa save"]);
 }
 
 #[test]

@@ -337,14 +337,15 @@ fn a_standard_error_that_nobody_reads_changed_the_exit_code() {
     let folder = Folder::new();
     let nowhere = folder.text("nowhere");
     let device = folder.device("device", &[]);
-    let file = folder.text("file");
+    let [file, text] = ["file", "text"].map(|name| folder.text(name));
+    std::fs::write(&text, "no snapshot").unwrap();
     for (args, code) in [
         (&["state", nowhere.as_str()][..], 4),
         (&["-vvv", "state", &nowhere], 4),
         (&["send", &device.socket, "--to", &format!("unix:{nowhere}")], 4),
         (&["save", &device.socket, &file, "--on-stop", "exit 1"], 3),
         (&["-vv", "save", &device.socket, &file], 0),
-        (&["inspect", "/dev/null"], 6),
+        (&["inspect", &text], 6),
         (&["frobnicate"], 2),
     ] {
         let (reader, writer) = std::io::pipe().unwrap();

@@ -147,8 +147,8 @@ fn what_is_no_file_of_memory_is_refused_by_its_name() {
     let before = fs::read(&precious).unwrap();
     is_refused(&folder, &at("link"), 4, &["symbolic link", "precious"]);
     is_refused(&folder, &at("second"), 4, &["2 names"]);
-    is_refused(&folder, &at("fifo"), 4, &["no regular file"]);
-    is_refused(&folder, "/dev/null", 4, &["no regular file"]);
+    is_refused(&folder, &at("fifo"), 4, &["it is a FIFO", "expected a regular file"]);
+    is_refused(&folder, "/dev/null", 4, &["it is a device node"]);
     for name in ["link", "second", "fifo"] {
         is_no_destination(&folder, &format!("{}@0,size=1M,create", at(name)), 4, &[name]);
     }

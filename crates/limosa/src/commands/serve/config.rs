@@ -15,7 +15,6 @@ use toml::Spanned;
 
 use crate::args::{self, Model};
 use crate::exit::{self, Code};
-use crate::read_text;
 
 /// The longest configuration file.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -142,14 +141,16 @@ fn group<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Group>, D::Error> 
 
 fn read(path: &Path) -> anyhow::Result<Vec<Device>> {
     let name = path.display();
+    let expected = "expected a file in TOML";
     let unread = |error: std::io::Error| {
-        let expected = "; expected a file in TOML";
-        let error = error.to_string();
-        let error = error.strip_suffix(expected).unwrap_or(&error);
-        exit::error(Code::Unreachable, format!("--config {name}: {error}{expected}"))
+        let mut error = error.to_string();
+        if !error.ends_with(expected) {
+            error = format!("{error}; {expected}");
+        }
+        exit::error(Code::Unreachable, format!("--config {name}: {error}"))
     };
     let mut bytes = Vec::new();
-    let file = read_text::open(path, "expected a file in TOML").map_err(unread)?;
+    let file = limosa_host::open_regular(path, expected).map_err(unread)?;
     file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(unread)?;
     if bytes.len() as u64 > FILE_BYTES_MAX {
         return Err(exit::error(

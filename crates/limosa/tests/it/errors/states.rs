@@ -101,7 +101,7 @@ fn saved_files_that_are_not_whole_are_refused_and_the_device_is_not_touched() {
     is_refused(&device, &bad, DAMAGED, &[anew]);
 
     is_refused(&device, &folder.text("none"), UNREACHABLE, &["No such file"]);
-    is_refused(&device, &folder.text(""), UNREACHABLE, &["directory"]);
+    is_refused(&device, &folder.text(""), UNREACHABLE, &["it is a folder"]);
     write(&good);
     limosa(&["load", &bad, &device.socket]).ok();
     assert!(device.runs(0));

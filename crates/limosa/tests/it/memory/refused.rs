@@ -69,7 +69,7 @@ fn memory_that_cannot_be_one_guests_is_refused_before_anything_is_opened_for_lon
         (vec![format!("{file}@0xfffffffffffff000")], 3, vec!["beyond 2^64"]),
         (vec![format!("{odd}@0")], 3, vec!["5000 bytes", "expected whole pages of 4096"]),
         (vec![format!("{none}@0")], 4, vec!["No such file", "a mapping of"]),
-        (vec![format!("{dir}@0")], 4, vec!["no regular file"]),
+        (vec![format!("{dir}@0")], 4, vec!["it is a folder", "expected a regular file"]),
     ] {
         send(&memory).fails(code, &[&["--memory"][..], &parts].concat());
     }

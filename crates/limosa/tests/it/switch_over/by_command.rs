@@ -231,6 +231,16 @@ fn of_switch_overs_at_the_same_time_one_replaces_the_server_and_the_others_say_s
 }
 
 #[test]
+fn a_log_in_a_fifo_that_nobody_reads_was_waited_for() {
+    let scene = Scene::new(ONE, &["state=1M"]);
+    let _server = scene.first("synthetic");
+    let (takeover, fifo) = (scene.folder.text("takeover"), scene.folder.text("fifo"));
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
+    limosa(&["switch-over", &takeover, "--log", &fifo, "--", "true"])
+        .fails(4, &["--log", &fifo, "it is a FIFO that no process reads", "nothing was started"]);
+}
+
+#[test]
 fn wrong_input_is_named() {
     let folder = Folder::new();
     let here = folder.text("here");

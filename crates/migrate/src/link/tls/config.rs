@@ -2,13 +2,12 @@
 //! and checked before any connection is made.
 
 use std::fmt;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use rustix::fs::OFlags;
 use rustls::client::{Resumption, verify_server_name};
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
@@ -204,18 +203,23 @@ fn server_name(name: &str, shown: &str) -> Result<ServerName<'static>, TlsError>
 fn read(path: &Path) -> Result<(Vec<u8>, u32), TlsError> {
     let failed = |why: String| TlsError::File { path: path.into(), why };
     let mut bytes = Vec::new();
-    // A FIFO is not waited for.
-    let file = limosa_host::open_to_read(path, OFlags::NONBLOCK)
-        .map_err(|error| failed(format!("cannot be opened: {error}")))?;
-    // A pipe or a device may never end.
-    let metadata = file.metadata().map_err(|error| failed(format!("cannot be looked at: {error}")))?;
+    let file =
+        limosa_host::open_regular(path, "expected a PEM file").map_err(|error| match error.kind() {
+            ErrorKind::InvalidInput => failed(error.to_string()),
+            _ => failed(format!("cannot be opened: {error}")),
+        })?;
+    let metadata =
+        file.metadata().map_err(|error| failed(format!("cannot be looked at: {error}")))?;
+    // A descriptor of a process may be a pipe or a device, which may never end.
     if !metadata.is_file() {
-        return Err(failed("it is not a regular file".into()));
+        return Err(failed("it is not a regular file; expected a PEM file".into()));
     }
     (file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
         .map_err(|error| failed(format!("cannot be read: {error}")))?;
     if bytes.len() as u64 > FILE_BYTES_MAX {
-        return Err(failed("it is larger than 1 MiB, which no PEM file of certificates or a key is".into()));
+        return Err(failed(
+            "it is larger than 1 MiB, which no PEM file of certificates or a key is".into(),
+        ));
     }
     Ok((bytes, metadata.permissions().mode() & 0o7777))
 }

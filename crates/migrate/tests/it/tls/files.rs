@@ -26,7 +26,7 @@ fn files_that_do_not_fit_are_named_with_what_was_expected() {
     std::fs::write(path("encrypted"), encrypted).unwrap();
     std::fs::write(path("large"), vec![b'-'; 2 << 20]).unwrap();
     says(&load("absent", "one", "one.key", None), &[&named("absent"), "cannot be opened", "No such file"]);
-    says(&load(".", "one", "one.key", None), &["it is not a regular file"]);
+    says(&load(".", "one", "one.key", None), &["it is a folder; expected a PEM file"]);
     says(&load("large", "one", "one.key", None), &[&named("large"), "1 MiB"]);
     says(&load("ca", "one", "two.key", None), &[&named("two.key"), "does not belong to", &named("one")]);
     says(&load("ca", "one", "one", None), &[&named("one"), "expected a private key", "holds a certificate"]);
