@@ -6,14 +6,15 @@ use std::fs::File;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use limosa_client::DeviceExt;
-use limosa_migrate::{PrivateFolder, Recorded, recorded};
+use limosa_migrate::{Decision, PrivateFolder, Recorded, recorded};
 use rustix::fs::FlockOperation;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::endpoint::Endpoint;
-use crate::moves::{Halted, Moves, is_in_use};
+use crate::moves::{DOUBT, Doubt, Halted, Moves, is_in_use};
 use crate::noting::devices_of;
-use crate::open::{self, Opened};
+use crate::open::{self, Identity, Opened};
 use crate::output::plain;
 
 /// The end of a note's name, after the move's id.
@@ -26,6 +27,16 @@ const KEPT: usize = 64;
 struct Note {
     id: String,
     #[serde(flatten)]
+    load: Load,
+    /// How it ended, where no ledger on the disk has that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ended: Option<Outcome>,
+}
+
+/// The devices that a move is loaded into.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Load {
+    #[serde(flatten)]
     halted: Halted,
     /// When it was written, in ns since 1970: two loads may come in one second.
     written_ns: u64,
@@ -33,9 +44,23 @@ struct Note {
     resets: Vec<Option<u64>>,
     /// The source: a peer, devices of this machine, or a snapshot.
     from: String,
-    /// How it ended, where no ledger on the disk has that.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    ended: Option<Outcome>,
+}
+
+impl Load {
+    /// Of these devices, before they are loaded.
+    pub fn of(endpoint: &Endpoint, from: &str) -> anyhow::Result<Load> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let (written_ns, since) = (now.as_nanos() as u64, now.as_secs());
+        let halted = Halted { since, ..devices_of(endpoint)? };
+        let resets = endpoint.devices().iter().map(|device| device.reset_count().ok().flatten()).collect();
+        Ok(Load { halted, written_ns, resets, from: from.into() })
+    }
+
+    /// Which of the devices this is.
+    fn index(&self, identity: &Identity) -> Option<usize> {
+        let is_it = |at: &usize| self.halted.known(*at).identity.as_ref() == Some(identity);
+        (0..self.halted.devices.len()).find(is_it)
+    }
 }
 
 /// How a move that was loaded into a device ended, as far as it is known here.
@@ -50,6 +75,8 @@ pub enum Outcome {
     Starting,
     /// The source has committed, and the process that started the devices died before it knew that they run.
     Unfinished,
+    /// The process of both sides died at the commit.
+    InDoubt,
     /// It is committed: the guest is here.
     Committed,
     /// It will never run here.
@@ -65,6 +92,7 @@ impl fmt::Display for Outcome {
             Outcome::Holding => "loaded and not committed yet",
             Outcome::Starting => "committed and being started",
             Outcome::Unfinished => "committed, and its receiver died before it knew that all devices run",
+            Outcome::InDoubt => "in doubt, since the `limosa migrate` that loaded it died at the commit",
             Outcome::Committed => "committed",
             Outcome::NotCommitted => "not committed, and never will be: what it loaded was discarded",
             Outcome::Loaded => "loaded from a snapshot",
@@ -140,14 +168,25 @@ impl Moves {
         from: &str,
         ended: Option<Outcome>,
     ) -> anyhow::Result<Loading> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let (written_ns, since) = (now.as_nanos() as u64, now.as_secs());
-        let halted = Halted { since, ..devices_of(endpoint)? };
-        let resets = endpoint.devices().iter().map(|device| device.reset_count().ok().flatten()).collect();
-        let note = Note { id: id.into(), halted, written_ns, resets, from: from.into(), ended };
+        self.write_load(Note { id: id.into(), load: Load::of(endpoint, from)?, ended })
+    }
+
+    /// Notes how a move in doubt has ended that was loaded on this machine.
+    pub fn settled(&self, doubt: &Doubt, decision: Decision) {
+        let Some(load) = doubt.load.clone() else { return };
+        let ended = Some(match decision {
+            Decision::Committed => Outcome::Committed,
+            _ => Outcome::NotCommitted,
+        });
+        if let Err(error) = self.write_load(Note { id: doubt.id.clone(), load, ended }) {
+            tracing::info!("how move {} ended is not noted: {error:#}", doubt.id);
+        }
+    }
+
+    fn write_load(&self, note: Note) -> anyhow::Result<Loading> {
         let folder = self.open()?;
         prune(&folder)?;
-        let name = format!("{id}{LOADED}");
+        let name = format!("{}{LOADED}", note.id);
         let locked = folder.write(&name, &serde_json::to_vec(&note)?)?;
         Ok(Loading { folder, name, _locked: locked })
     }
@@ -156,13 +195,18 @@ impl Moves {
     pub fn loaded_by(&self, device: &Opened) -> Option<LoadedBy> {
         let folder = PrivateFolder::open(self.folder()).ok().flatten()?;
         let identity = open::identity(device.given())?;
-        let (at, note, file) = read(&folder).into_iter().rev().find_map(|(note, file)| {
-            let at = |at: &usize| note.halted.known(*at).identity.as_ref() == Some(&identity);
-            (0..note.halted.devices.len()).find(at).map(|at| (at, note, file))
-        })?;
+        let loaded = read(&folder, LOADED).into_iter().map(|(note, file): (Note, _)| (note, file, false));
+        let doubts = read(&folder, DOUBT).into_iter().filter_map(|(doubt, file): (Doubt, _)| {
+            Some((Note { id: doubt.id, load: doubt.load?, ended: None }, file, true))
+        });
+        let of_device = loaded.chain(doubts).filter_map(|(note, file, is_doubt)| {
+            note.load.index(&identity).map(|at| (at, note, file, is_doubt))
+        });
+        let (at, note, file, is_doubt) = of_device.max_by_key(|(_, note, ..)| note.load.written_ns)?;
         let lives = is_in_use(&file, FlockOperation::NonBlockingLockShared);
         let recorded = note.id.parse().ok().and_then(|id| recorded(&folder, id).ok().flatten());
         let outcome = note.ended.unwrap_or(match (recorded, lives) {
+            (None, false) if is_doubt => Outcome::InDoubt,
             (Some(Recorded::Committed), _) => Outcome::Committed,
             (Some(Recorded::Starting), true) => Outcome::Starting,
             (Some(Recorded::Starting), false) => Outcome::Unfinished,
@@ -172,31 +216,32 @@ impl Moves {
             _ => Outcome::NotCommitted,
         });
         let now = device.reset_count().ok().flatten();
-        let reset = note.resets.get(at).copied().flatten().zip(now).is_some_and(|(then, now)| then != now);
-        Some(LoadedBy { id: note.id, since: note.halted.since, from: note.from, outcome, reset })
+        let Load { halted, resets, from, .. } = note.load;
+        let reset = resets.get(at).copied().flatten().zip(now).is_some_and(|(then, now)| then != now);
+        Some(LoadedBy { id: note.id, since: halted.since, from, outcome, reset })
     }
 }
 
-/// All notes that can be read, the oldest first.
-fn read(folder: &PrivateFolder) -> Vec<(Note, File)> {
-    let mut notes: Vec<(Note, File)> = Vec::new();
-    for name in folder.names(LOADED).unwrap_or_default() {
+/// All notes whose names have this end and that can be read.
+fn read<T: DeserializeOwned>(folder: &PrivateFolder, end: &str) -> Vec<(T, File)> {
+    let mut notes = Vec::new();
+    for name in folder.names(end).unwrap_or_default() {
         let Ok(Some(file)) = folder.file(&name) else { continue };
         let bytes = folder.read(&name, &file).ok();
         if let Some(note) = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
             notes.push((note, file));
         }
     }
-    notes.sort_by_key(|(note, _)| note.written_ns);
     notes
 }
 
 /// Removes the oldest notes beyond those that are kept, and those of another boot, whose devices are gone.
 fn prune(folder: &PrivateFolder) -> anyhow::Result<()> {
-    let notes = read(folder);
+    let mut notes: Vec<(Note, File)> = read(folder, LOADED);
+    notes.sort_by_key(|(note, _)| note.load.written_ns);
     let too_many = (notes.len() + 1).saturating_sub(KEPT);
     for (at, (note, file)) in notes.iter().enumerate() {
-        let is_old = at < too_many || note.halted.is_of_another_boot();
+        let is_old = at < too_many || note.load.halted.is_of_another_boot();
         if is_old && !is_in_use(file, FlockOperation::NonBlockingLockShared) {
             folder.remove(format!("{}{LOADED}", note.id))?;
         }

@@ -11,6 +11,7 @@ use limosa_stream::MigrationId;
 use serde::Serialize;
 
 use crate::endpoint::Endpoint;
+use crate::loaded::Load;
 use crate::moved::Moved;
 use crate::moves::{DOUBT, Doubt, HINT, Halted, Known, Moves, STOP, Stop};
 use crate::open;
@@ -23,8 +24,8 @@ pub enum Target {
     Address { address: String, tls: bool },
     /// The place of a snapshot.
     Snapshot(String),
-    /// Devices on this machine, whose destination is in this process.
-    Here(String),
+    /// Devices on this machine, whose destination is in this process. Nothing depends on `load`.
+    Here { to: String, load: Option<Load> },
 }
 
 /// The devices of an endpoint, as they are noted.
@@ -92,16 +93,18 @@ impl Noting {
         on_stop: Option<&str>,
     ) -> Result<(), String> {
         let mut written = self.written();
-        let (to, saved, here, tls) = match &self.target {
-            Target::Address { address, tls } => (address.clone(), false, false, *tls),
-            Target::Snapshot(location) => (location.clone(), true, false, false),
-            Target::Here(devices) => (devices.clone(), false, true, false),
+        let (saved, here) =
+            (matches!(self.target, Target::Snapshot(_)), matches!(self.target, Target::Here { .. }));
+        let (to, tls, load) = match &self.target {
+            Target::Address { address, tls } => (address.clone(), *tls, None),
+            Target::Snapshot(location) => (location.clone(), false, None),
+            Target::Here { to, load } => (to.clone(), false, load.clone()),
         };
         let stop = written.stop.is_some().then(|| self.stop.clone());
         let halted = self.halted(stopped, on_stop);
         let (id, secret, peer) = (commit.id.to_string(), commit.secret.clone(), commit.peer);
         let name = format!("{id}{DOUBT}");
-        let note = Doubt { id, secret, peer, halted, to, saved, here, tls, stop };
+        let note = Doubt { id, secret, peer, halted, to, saved, here, tls, stop, load };
         let file = self.write(&name, &note)?;
         written.doubt = Some((note, file));
         // From here on the other note says nothing more. If it cannot be removed, it is known to be replaced.

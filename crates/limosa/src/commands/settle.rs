@@ -76,8 +76,11 @@ pub fn resolve(args: &args::Resolve, opening: Opening<'_>, out: &Output) -> anyh
     let (is_settled, failures) = (done.left.is_empty() && !stays_stopped, guest.failures());
     if let Some(taken) = taken.filter(|_| is_settled) {
         warn_of_command(taken.note(), decision, args);
-        if let Some(doubt) = taken.note().doubt().filter(|_| decision == Decision::Committed) {
-            moves.remember(&doubt.moved());
+        if let Some(doubt) = taken.note().doubt() {
+            if decision == Decision::Committed {
+                moves.remember(&doubt.moved());
+            }
+            moves.settled(doubt, decision);
         }
         taken.forget()?;
     }

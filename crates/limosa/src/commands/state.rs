@@ -69,6 +69,10 @@ pub fn run(
         _ => device.state()?.name(),
     };
     let loaded_by = matches!(action, StateAction::Get).then(|| moves.loaded_by(device)).flatten();
+    // Programs compare what is on standard output with the name of a state.
+    if let Some(loaded) = loaded_by.as_ref().filter(|_| !out.json) {
+        out.say_aside(&format!("loaded by {loaded}"));
+    }
     let answer = Answer { device: device.name().into(), state, path, loaded_by };
     let printed = out.result(&answer, |to| match answer.path.as_slice() {
         [] | [_] => writeln!(to, "{}", answer.state),

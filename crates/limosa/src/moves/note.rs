@@ -6,6 +6,7 @@ use limosa_protocol::State;
 use limosa_stream::MigrationId;
 use serde::{Deserialize, Serialize};
 
+use crate::loaded::Load;
 use crate::open::{self, Identity};
 use crate::output::plain;
 use crate::process::{Stopped, boot_id};
@@ -42,6 +43,9 @@ pub struct Doubt {
     /// The id of the note of its stop, which this one replaces.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop: Option<String>,
+    /// What it is loaded into, where that is on this machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub load: Option<Load>,
 }
 
 impl Doubt {

@@ -5,11 +5,12 @@ use crate::support::{GUEST, JsonOutput, limosa, schema, start, vcpus};
 use rustix::process::Signal;
 use serde_json::Value;
 
-/// The output about a device: of `doctor` in text and JSON, and of `state` in JSON.
+/// The output about a device: of `doctor` in text and JSON, of `state` in JSON, and of `state` in text on standard error.
 struct Said {
     text: String,
     facts: Value,
     state: Value,
+    aside: String,
 }
 
 fn look(device: &str, moves: &str) -> Said {
@@ -19,7 +20,9 @@ fn look(device: &str, moves: &str) -> Said {
         serde_json::from_str(&limosa(&["--json", "doctor", device, "--moves", moves]).out).unwrap();
     schema::keeps(&document);
     let state = limosa(&["--json", "state", device, "--moves", moves]).json();
-    Said { text, facts: document["devices"][0]["facts"].clone(), state }
+    let shown = limosa(&["state", device, "--moves", moves]);
+    assert_eq!(shown.out.trim_end(), state["state"], "programs compare standard output: {shown:?}");
+    Said { text, facts: document["devices"][0]["facts"].clone(), state, aside: shown.err }
 }
 
 #[test]
@@ -29,6 +32,7 @@ fn a_destination_did_not_say_which_move_had_loaded_its_device() {
         (&pair.destination.socket, pair.folder.text("here"), pair.folder.text("there"));
     let never = look(device, &there);
     assert!(!never.text.contains("loaded by") && never.state["loaded_by"].is_null(), "{}", never.text);
+    assert_eq!(never.aside, "", "there is nothing to say");
 
     let Sending { sender, receiver, .. } = pair.send(None, &["--moves", &there], &["--moves", &here]);
     pair.destination.line("stalls as scripted");
@@ -45,6 +49,7 @@ fn a_destination_did_not_say_which_move_had_loaded_its_device() {
     assert!(told.contains(id) && told.contains("before it knew that all devices run"), "{told}");
     // The text is folded where it does not fit.
     assert!(said.text.contains("loaded by") && said.text.contains(id), "{}", said.text);
+    assert_eq!(said.aside.trim_end(), format!("loaded by {told}"), "`state` shows the same in text");
 
     limosa(&["state", device, "reset"]).ok();
     assert_eq!(look(device, &there).state["loaded_by"]["reset"], true);
@@ -94,4 +99,29 @@ fn a_device_that_was_loaded_from_a_snapshot_or_moved_on_this_machine_says_so() {
         (&"committed".into(), &pair.source.socket.as_str().into())
     );
     assert_ne!(moved["id"], loaded["id"]);
+}
+
+#[test]
+fn a_destination_did_not_say_what_a_migrate_that_was_killed_at_its_commit_had_loaded() {
+    for decided in ["moved", "undone"] {
+        let pair = Pair::new(&[], &["fault=stall:STOP>RUNNING_P2P:800"]);
+        let (vcpus, moves) = (vcpus(), pair.folder.text("moves"));
+        let (source, destination) = (&pair.source.socket, &pair.destination.socket);
+        let migrate = start(&pair.migration(&["--moves", &moves, "--stop-with", &vcpus.pid()]));
+        pair.destination.line("stalls as scripted");
+        migrate.signal(Signal::KILL);
+        assert_ne!(migrate.end().code, 0);
+        let said = look(destination, &moves);
+        let loaded = &said.state["loaded_by"];
+        assert_eq!(
+            (&loaded["outcome"], &loaded["from"]),
+            (&"in_doubt".into(), &source.as_str().into()),
+            "{loaded}"
+        );
+        assert!(said.aside.contains("in doubt, since the `limosa migrate`"), "{}", said.aside);
+        limosa(&["resolve", source, "--moves", &moves, "--decide", decided]).ok();
+        let outcome = if decided == "moved" { "committed" } else { "not_committed" };
+        let then = look(destination, &moves).state["loaded_by"].clone();
+        assert_eq!((&then["outcome"], &then["id"]), (&outcome.into(), &loaded["id"]));
+    }
 }

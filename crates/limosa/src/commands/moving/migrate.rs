@@ -9,7 +9,7 @@ use crate::endpoint::{self, Endpoint};
 use crate::found;
 use crate::guest::Guest;
 use crate::keep_open::{self, Leaves};
-use crate::loaded::Outcome as Loaded;
+use crate::loaded::{Load, Outcome as Loaded};
 use crate::moved::Moved;
 use crate::moves::Moves;
 use crate::noting::{Noting, Target, devices_of};
@@ -50,7 +50,10 @@ fn between(
     // A guest that is not stopped from here is not left so either, unless its device is told to stay.
     let is_beside_vmm = from.devices().iter().any(Opened::is_beside_vmm);
     let noting = match args.stopping.stops_the_guest() || is_beside_vmm {
-        true => Some(Noting::new(&moves, from, Target::Here(to.name()))?),
+        true => {
+            let load = Load::of(to, &from.name()).ok();
+            Some(Noting::new(&moves, from, Target::Here { to: to.name(), load })?)
+        }
         false => None,
     };
     let halted = devices_of(from).ok();
