@@ -10,6 +10,7 @@ mod memory;
 pub mod points;
 mod process;
 mod programs;
+mod terminal;
 mod transcript;
 
 use std::time::Duration;
@@ -19,6 +20,7 @@ pub use process::{Ended, Process};
 pub use programs::{
     beside_the_test, built_example, copy_of_this_program, is_alone, program, run_alone, this_test,
 };
+pub use terminal::{Screen, Terminal};
 pub use transcript::{Stream, Transcript};
 
 /// Longer than anything takes in a test on a busy machine; what takes longer hangs.

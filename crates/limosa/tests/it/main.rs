@@ -38,6 +38,7 @@ mod stops;
 mod stores;
 mod support;
 mod switch_over;
+mod terminals;
 mod tls;
 mod trace;
 mod users;

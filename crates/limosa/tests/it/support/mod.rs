@@ -15,6 +15,7 @@ use limosa_models::synthetic::{REGISTERS_REGION, registers};
 use limosa_protocol::State;
 use limosa_stream::{Decoded, Decoder, Kind};
 pub use limosa_testing::{Ended, LIMIT, Process as Running};
+use limosa_testing::{Screen, Terminal};
 use limosa_vfio_user::client::{Client, Options};
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -136,6 +137,29 @@ pub fn limosa_into<S: AsRef<str>>(out: impl Into<Stdio>, err: impl Into<Stdio>, 
 pub fn start_into(out: impl Into<Stdio>, args: &[&str]) -> std::process::Child {
     let mut command = prepared(Command::new(env!("CARGO_BIN_EXE_limosa")), args);
     command.stdin(Stdio::null()).stdout(out).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Runs the command in this folder, with these variables, and its output on a terminal of this width. Returns its exit code, and
+/// what a person saw.
+pub fn limosa_on_terminal(
+    columns: u16,
+    folder: &Folder,
+    variables: &[(&str, &str)],
+    args: &[&str],
+) -> (i32, Screen) {
+    let terminal = Terminal::new(columns);
+    let mut command = prepared(Command::new(env!("CARGO_BIN_EXE_limosa")), args);
+    command
+        .current_dir(&folder.0)
+        .env("TERM", "xterm")
+        .env_remove("NO_COLOR")
+        .envs(variables.iter().copied());
+    let (out, err) = (terminal.end(), terminal.end());
+    let mut child = command.stdin(Stdio::null()).stdout(out).stderr(err).spawn().unwrap();
+    // It has ends of the terminal as well.
+    drop(command);
+    let screen = terminal.show();
+    (child.wait().unwrap().code().unwrap(), screen)
 }
 
 /// Where nothing can be written: a disk that is full.
