@@ -119,7 +119,7 @@ fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
         Command::Completions { shell } => commands::generate::completions(*shell, out),
         Command::Man { folder } => commands::man::run(folder, out),
         Command::Demo(args) => commands::demo::run(args, cli.timeout, out),
-        Command::Serve(args) => commands::serve::run(args, cli.timeout, out),
+        Command::Serve(args) => commands::serve::run(args, cli.timeout, cli.state_timeout, out),
         Command::SwitchOver(args) => commands::switch_over::run(args, out),
         Command::Save(args) => commands::moving::save(args, opening, out),
         Command::Load(args) => commands::moving::load(args, opening, out),

@@ -92,7 +92,8 @@ pub struct Cli {
     )]
     pub timeout: Duration,
 
-    /// Seconds to wait for a vfio-user device to change its migration state, or to reset itself.
+    /// Seconds to wait for a vfio-user device to change its migration state, or to reset itself; of a new server, for its
+    /// devices in each round of a switch-over.
     #[arg(
         long,
         global = true,

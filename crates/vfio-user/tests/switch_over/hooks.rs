@@ -305,6 +305,37 @@ fn the_only_new_device_that_hangs_in_its_load_is_named_to_the_old_server() {
     drop((client, running));
 }
 
+/// Only the old server's limit of 120 s ended that, without naming the device.
+#[test]
+fn a_new_device_that_hangs_while_the_old_one_runs_is_named_with_what_it_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = Running::bind(folder.path(), vec![plain(), plain()]);
+    let clients = [connect(folder.path(), 0), connect(folder.path(), 1)];
+    set(&clients[0], 6);
+    let gate = Arc::new(Gate::default());
+    let waits = Arc::clone(&gate);
+    let hangs = hooked(move |this| {
+        if this == "stop" {
+            waits.pass();
+        }
+    });
+    let device = |machine, at: usize| NewDevice {
+        machine,
+        options: options(),
+        socket: Some(folder.path().join(format!("device{at}"))),
+        control: None,
+    };
+    let new = Replacing::new([device(hangs, 0), device(plain(), 1)]);
+    let refused = running.refuses_taker(new.with_round_limit(Duration::from_secs(2)));
+    let expected = "device0: the new device was not prepared within 2s, and hangs while entering RESUMING";
+    assert!(refused.contains(expected), "{refused}");
+    assert_eq!((get(&clients[0]), clients[0].state().unwrap()), (6, State::Running));
+    gate.open();
+    let running = running.replaced_by(vec![plain(), plain()]);
+    assert_eq!(get(&clients[0]), 6);
+    drop((clients, running));
+}
+
 /// They were loaded one after the other: the first of these waited for the others until the freeze was over.
 #[test]
 fn new_devices_are_loaded_side_by_side_in_the_freeze() {

@@ -129,7 +129,8 @@ fn print_options(model: Option<args::Model>, out: &Output) -> anyhow::Result<()>
     })
 }
 
-pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<()> {
+/// `state_limit` is how long new devices may take in a round of a switch-over.
+pub fn run(args: &args::Serve, limit: Duration, state_limit: Duration, out: &Output) -> anyhow::Result<()> {
     if args.asks_for_options() {
         return print_options(args.model, out);
     }
@@ -154,7 +155,7 @@ pub fn run(args: &args::Serve, limit: Duration, out: &Output) -> anyhow::Result<
     };
     let machines = devices.iter().zip(machines).map(|(device, machine)| (machine, options(device)));
     if let Some(old) = old {
-        return take::run(old, machines, &devices, args, requests, out);
+        return take::run(old, machines, &devices, args, state_limit, requests, out);
     }
     let sockets: Vec<_> = devices.iter().map(|device| &*device.socket).collect();
     let listeners = service::listeners(&sockets)?;

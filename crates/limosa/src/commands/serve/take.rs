@@ -66,11 +66,13 @@ pub fn old_server(args: &args::Serve) -> anyhow::Result<Option<(OldServer<'_>, S
     })
 }
 
+/// `state_limit` is how long the new devices may take for a round of the transfer.
 pub fn run(
     (old, name): (OldServer<'_>, String),
     machines: impl IntoIterator<Item = (Arc<Machine>, Options)>,
     devices: &[Device],
     args: &args::Serve,
+    state_limit: Duration,
     requests: Requests,
     out: &Output,
 ) -> anyhow::Result<()> {
@@ -82,7 +84,7 @@ pub fn run(
         socket: Some(device.socket.clone()),
         control: device.control.clone(),
     });
-    let taker = UntilEnded { devices: Replacing::new(new), phase };
+    let taker = UntilEnded { devices: Replacing::new(new).with_round_limit(state_limit), phase };
     let on_step = |step: Step| tracing::debug!(%step, "done by this server");
     let options = TakeOptions { name: NAME, observer: Some(&on_step), ..TakeOptions::default() };
     let taken = take(old, taker, &options).map_err(|error| cannot_take(&name, &error))?;

@@ -1,5 +1,8 @@
-//! The new devices, loaded side by side in the freeze. One that hangs is named to the old server before that takes back.
+//! The new devices, prepared while the old ones run and loaded in the freeze, in parallel. A device that hangs is named to the old
+//! server, with what it was doing.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use limosa_switch_over::{Item, Refusal};
@@ -9,32 +12,73 @@ use super::record::{self, decode, kind};
 use super::workers::Workers;
 use super::{ANSWER_LIMIT, deadline};
 
-/// How long devices may take where the old server does not say when it takes back.
+/// How long devices may take to load where the old server does not say when it takes back.
 const LOAD_LIMIT: Duration = Duration::from_secs(1);
 
-/// A device that is loaded, with what it is given in the freeze.
-pub(super) struct Load {
+/// What is done with the new devices.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Stage {
+    /// A round of the transfer while the old devices run, with its limit.
+    Prepare(Duration),
+    /// The freeze.
+    Load,
+}
+
+/// A new device, and the items that it is given.
+pub(super) struct Task {
     new: New,
-    /// That of the device whose place it takes; one that takes nobody's place is given nothing.
+    /// The number of the device that it replaces; a device without a predecessor is given nothing.
     number: Option<u16>,
     items: Vec<Item>,
+    /// The kind of the item that it handles now; 0 once all are handled.
+    doing: Arc<AtomicU16>,
     outcome: Result<(), Refusal>,
 }
 
-impl Load {
-    pub(super) fn new(new: New, number: Option<u16>, items: Vec<Item>) -> Load {
-        Load { new, number, items, outcome: Ok(()) }
+impl Task {
+    pub(super) fn new(new: New, number: Option<u16>, items: Vec<Item>) -> Task {
+        Task { new, number, items, doing: Arc::default(), outcome: Ok(()) }
     }
 
-    fn work(&mut self) {
+    fn work(&mut self, stage: Stage) {
         let Some(number) = self.number else { return };
-        // One that panics says nothing else.
-        let panicked = Refusal::of_device(number, "the new device panicked while it was loaded");
+        let during = match stage {
+            Stage::Prepare(_) => "prepared",
+            Stage::Load => "loaded",
+        };
+        // A device that panics has no other refusal.
+        let panicked = Refusal::of_device(number, format!("the new device panicked while it was {during}"));
         self.outcome = Err(self.new.named(panicked));
+        let Task { new, doing, .. } = self;
         let items = std::mem::take(&mut self.items);
-        let taken = items.into_iter().try_for_each(|item| self.new.take_rest(item));
-        let done = taken.and_then(|()| self.new.complete(number));
-        self.outcome = done.map_err(|refusal| self.new.named(refusal));
+        let taken = items.into_iter().try_for_each(|item| {
+            doing.store(item.kind, Ordering::Relaxed);
+            match stage {
+                Stage::Prepare(_) => new.take_prepared(item),
+                Stage::Load => new.take_rest(item),
+            }
+        });
+        let done = taken.and_then(|()| {
+            doing.store(0, Ordering::Relaxed);
+            match stage {
+                Stage::Prepare(_) => new.prepare(number),
+                Stage::Load => new.complete(number),
+            }
+        });
+        self.outcome = done.map_err(|refusal| new.named(refusal));
+    }
+}
+
+/// What a device does with an item of this kind; 0 is what follows all items.
+fn doing(kind: u16, stage: Stage) -> &'static str {
+    match (kind, stage) {
+        (0, Stage::Prepare(_)) => "entering RESUMING",
+        (0, Stage::Load) => "entering STOP with its new state",
+        (kind::FILES | kind::MAPPINGS, _) => "mapping guest memory",
+        (kind::STATE, _) => "loading its state",
+        (kind::REGION_FILE, _) => "receiving the file of a region",
+        (kind::EVENTFDS | kind::IOEVENTFDS | kind::WIRING, _) => "receiving its eventfds",
+        _ => "receiving its connections",
     }
 }
 
@@ -48,24 +92,41 @@ pub(super) fn until(rest: &[Item]) -> Result<Instant, Refusal> {
     Ok(Instant::now() + LOAD_LIMIT)
 }
 
-/// Loads all of them. The first refusal counts, in the order of the devices.
-pub(super) fn load(workers: &Workers, loads: Vec<Load>, until: Instant) -> Result<Vec<New>, Refusal> {
-    let names: Vec<_> = loads.iter().map(|load| (load.new.socket.clone(), load.number)).collect();
+/// Does this with all devices. The first refusal counts, in the order of the devices.
+pub(super) fn work(
+    workers: &Workers,
+    tasks: Vec<Task>,
+    stage: Stage,
+    until: Instant,
+) -> Result<Vec<New>, Refusal> {
+    let known: Vec<_> =
+        tasks.iter().map(|task| (task.new.socket.clone(), task.number, Arc::clone(&task.doing))).collect();
     // A device that is late is dropped on its thread once its model returns: it has changed nothing of the old server's.
-    let done = workers.work(loads, until, Load::work, drop);
-    for (load, (socket, number)) in done.iter().zip(names) {
-        match load {
+    let done = workers.work(tasks, until, move |task| task.work(stage), drop);
+    for (task, (socket, number, doing_now)) in done.iter().zip(known) {
+        match task {
             None => {
-                let what = "the new device was not loaded before the limit of the freeze: it hangs, or has too much state that \
-                            cannot be transferred while the old one runs";
-                let late = Refusal::of_device(number.unwrap_or_default(), what);
+                let doing = doing(doing_now.load(Ordering::Relaxed), stage);
+                let late = Refusal::of_device(number.unwrap_or_default(), late(stage, doing));
                 return Err(match socket {
                     Some(path) => super::named(&path, late),
                     None => late,
                 });
             }
-            Some(load) => load.outcome.clone()?,
+            Some(task) => task.outcome.clone()?,
         }
     }
-    Ok(done.into_iter().flatten().map(|load| load.new).collect())
+    Ok(done.into_iter().flatten().map(|task| task.new).collect())
+}
+
+fn late(stage: Stage, doing: &str) -> String {
+    match stage {
+        Stage::Prepare(limit) => format!(
+            "the new device was not prepared within {limit:?}, and hangs while {doing}; nothing of the old device was stopped"
+        ),
+        Stage::Load => format!(
+            "the new device was not loaded before the limit of the freeze, while {doing}: it hangs, or has too much state that \
+             cannot be transferred while the old one runs"
+        ),
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use limosa_device::Machine;
 use limosa_host::SocketPath;
@@ -9,7 +10,7 @@ use limosa_switch_over::{Commit, Committed, Item, Refusal, Taker, Withdrawn};
 
 use super::DEVICES_MAX;
 use super::listener::CameListener;
-use super::loading::{self, Load};
+use super::loading::{self, Stage, Task};
 use super::new::New;
 use super::offer::Offered;
 use super::record::{self, broken, decode, kind};
@@ -36,6 +37,9 @@ impl From<(Arc<Machine>, Options)> for NewDevice {
     }
 }
 
+/// How long the new devices may take for a round, by default.
+const ROUND_LIMIT: Duration = Duration::from_secs(60);
+
 /// Devices that replace those of another process, all of them together.
 ///
 /// A device is identified by its socket's path. A device of the old server without a counterpart here is dropped,
@@ -44,8 +48,9 @@ pub struct Replacing {
     devices: Vec<New>,
     /// What happens to the old server's devices, by their numbers.
     places: Vec<Place>,
-    /// Threads that load devices side by side, from the first round on.
+    /// Threads that prepare and load devices in parallel, from the first round on.
     workers: Option<Workers>,
+    round_limit: Duration,
 }
 
 /// The servers, ready to [serve](Server::serve) the clients that the other process has served, in the order of the new devices.
@@ -70,7 +75,14 @@ impl Replacing {
     /// These devices.
     pub fn new<D: Into<NewDevice>>(devices: impl IntoIterator<Item = D>) -> Replacing {
         let devices = devices.into_iter().map(|device| New::of(device.into())).collect();
-        Replacing { devices, places: Vec::new(), workers: None }
+        Replacing { devices, places: Vec::new(), workers: None, round_limit: ROUND_LIMIT }
+    }
+
+    /// How long the new devices may take for each round of the transfer while the old devices run: to map memory, and to load
+    /// state. A device that takes longer is refused by name. Default 60 s. The limit of the old server for all rounds
+    /// ([`GiveLimits::prepare`](limosa_switch_over::GiveLimits::prepare)) should be longer.
+    pub fn with_round_limit(self, limit: Duration) -> Replacing {
+        Replacing { round_limit: limit, ..self }
     }
 
     fn place(&mut self, item: &Item) -> Result<&mut Place, Refusal> {
@@ -88,6 +100,14 @@ impl Replacing {
             }
         }
         Ok(sorted)
+    }
+
+    /// All devices, each with its items.
+    fn tasks(&mut self, items: Vec<Item>) -> Result<Vec<Task>, Refusal> {
+        let sorted = self.sort(items)?;
+        let numbers: Vec<_> = (0..self.devices.len()).map(|at| self.number(at)).collect();
+        let devices = std::mem::take(&mut self.devices).into_iter().zip(numbers).zip(sorted);
+        Ok(devices.map(|((new, number), items)| Task::new(new, number, items)).collect())
     }
 
     /// Each device that replaces another, with that one's number.
@@ -216,29 +236,19 @@ impl Taker for Replacing {
     }
 
     fn prepare(&mut self, items: Vec<Item>) -> Result<(), Refusal> {
-        // Start threads while the old devices run.
-        let devices = self.devices.len();
-        self.workers.get_or_insert_with(|| Workers::start(devices));
-        for (at, items) in self.sort(items)?.into_iter().enumerate() {
-            let new = &mut self.devices[at];
-            let taken = items.into_iter().try_for_each(|item| new.take_prepared(item));
-            taken.map_err(|refusal| new.named(refusal))?;
-        }
-        // While the old devices run, since a model may allocate memory for its state here.
-        for (number, new) in self.taken() {
-            new.prepare(number).map_err(|refusal| new.named(refusal))?;
-        }
+        let tasks = self.tasks(items)?;
+        // Threads are started while the old devices run.
+        let workers = self.workers.get_or_insert_with(|| Workers::start(tasks.len()));
+        let (stage, until) = (Stage::Prepare(self.round_limit), Instant::now() + self.round_limit);
+        self.devices = loading::work(workers, tasks, stage, until)?;
         Ok(())
     }
 
     fn load(&mut self, items: Vec<Item>) -> Result<(), Refusal> {
         let until = loading::until(&items)?;
-        let sorted = self.sort(items)?;
-        let numbers: Vec<_> = (0..self.devices.len()).map(|at| self.number(at)).collect();
-        let devices = std::mem::take(&mut self.devices).into_iter().zip(numbers).zip(sorted);
-        let loads = devices.map(|((new, number), items)| Load::new(new, number, items)).collect();
+        let tasks = self.tasks(items)?;
         let workers = self.workers.take().unwrap_or_default();
-        self.devices = loading::load(&workers, loads, until)?;
+        self.devices = loading::work(&workers, tasks, Stage::Load, until)?;
         Ok(())
     }
 

@@ -6,6 +6,8 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use tracing::Dispatch;
+
 /// The most threads. More devices than these wait for one another.
 const THREADS_MAX: usize = 64;
 
@@ -47,15 +49,18 @@ impl Workers {
     pub(super) fn start(devices: usize) -> Workers {
         let (jobs, queue) = channel::<Job>();
         let queue = Arc::new(Mutex::new(queue));
+        // The subscriber may be one of the caller's thread alone.
+        let subscriber = tracing::dispatcher::get_default(Dispatch::clone);
         let started = (0..devices.min(THREADS_MAX)).filter(|_| {
-            let queue = Arc::clone(&queue);
-            let work = move || {
+            let (queue, subscriber) = (Arc::clone(&queue), subscriber.clone());
+            let run = move || {
                 loop {
                     let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok(job) = job else { return };
                     job();
                 }
             };
+            let work = move || tracing::dispatcher::with_default(&subscriber, run);
             std::thread::Builder::new().name("switch-over".into()).spawn(work).is_ok()
         });
         let started = started.count();
