@@ -41,7 +41,7 @@ fn a_device_that_is_open_elsewhere_is_said_to_be_and_by_whom() {
             here.holds(&["--door", held_by, "state", device.uuid(), "set", "STOP", "--hold"]);
         for door in DOORS {
             here.limosa(&["--door", door, "probe", device.uuid()])
-                .fails(UNREACHABLE, &[device.uuid(), "is held by limosa", &held, "somebody"]);
+                .fails(UNREACHABLE, &[device.uuid(), "is held by limosa", &held, "another process"]);
         }
         all_fail(&here, &device.cdev(), UNREACHABLE, &[&held]);
         assert_eq!(here.ok(&["state", &held]), "STOP\n");

@@ -97,14 +97,14 @@ impl Roots {
             Name::Pci(address) => self.look(&self.bus("pci").join(address)).ok_or_else(|| {
                 missing(
                     format!("looking for PCI device {address}"),
-                    "no such device on this machine's PCI bus; `limosa probe` lists what there is".into(),
+                    "there is no such device on this machine's PCI buses; `limosa probe` lists the devices".into(),
                 )
             }),
             Name::Mdev(uuid) => self.look(&self.bus("mdev").join(uuid)).ok_or_else(|| {
                 missing(
                     format!("looking for mediated device {uuid}"),
-                    "no such mediated device; `limosa probe` lists what there is, and writing a UUID to \
-                     /sys/class/mdev_bus/PARENT/mdev_supported_types/TYPE/create makes one"
+                    "there is no such mediated device; `limosa probe` lists the devices, and writing a UUID to \
+                     /sys/class/mdev_bus/PARENT/mdev_supported_types/TYPE/create creates one"
                         .into(),
                 )
             }),
@@ -113,7 +113,7 @@ impl Roots {
                 self.look(&link).ok_or_else(|| {
                     missing(
                         format!("looking for VFIO device vfio{number}"),
-                        "no VFIO driver has made a device of that number; `limosa probe` lists what there is"
+                        "no VFIO driver has created a device with that number; `limosa probe` lists the devices"
                             .into(),
                     )
                 })
@@ -135,7 +135,7 @@ impl Roots {
             1 => Ok(devices.swap_remove(0)),
             0 => {
                 let hint = match &others[..] {
-                    [] => "there is no such group; `limosa probe` lists what there is".into(),
+                    [] => "there is no such group; `limosa probe` lists the devices".into(),
                     others => format!(
                         "no device of the group is bound to a VFIO driver; it has {}",
                         names(others.iter())

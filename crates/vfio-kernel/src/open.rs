@@ -36,7 +36,7 @@ pub(crate) fn open(roots: &Roots, given: &str, options: &Options) -> Result<Open
         return Err(Error::Usage {
             device: given.into(),
             what: format!(
-                "a device opened through its {door} does not fit an address space of a {of_space}'s"
+                "a device that is opened through its {door} cannot use an address space made for a {of_space}"
             ),
         });
     }

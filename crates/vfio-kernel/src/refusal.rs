@@ -1,4 +1,4 @@
-//! What a refusal by the kernel means to the operator: which request, which errno, what to do.
+//! What a refusal by the kernel means to an operator: which request, which errno, and what to do.
 //!
 //! The errnos are those of `drivers/vfio`, of the drivers with migration, and those that `vfio.h` promises.
 
@@ -8,7 +8,7 @@ use std::path::Path;
 use limosa_client::Error;
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, State};
 
-const TOO_MANY_FILES: &str = "this process has as many open files as it may: raise its limit (ulimit -n)";
+const TOO_MANY_FILES: &str = "this process has reached its limit of open files: raise it (ulimit -n)";
 
 /// What was asked of the kernel, in the standard's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +73,7 @@ impl fmt::Display for Request {
 }
 
 impl Request {
-    /// Whether it goes to a session's data fd, where ENODEV says that the session is over.
+    /// Whether it is a request to a session's data fd, for which ENODEV means that the session is over.
     fn is_of_session(self) -> bool {
         matches!(self, Request::DataRead | Request::DataWrite | Request::PrecopyInfo)
     }
@@ -83,15 +83,15 @@ impl Request {
         use FeatureIndex as Index;
         match (self, errno) {
             (Request::SetState(_), Errno::EINVAL) => {
-                "the device does not go there from the state that it is in; after RESUMING it may be that the \
-                 data that it was given are not whole"
+                "the device cannot reach that state from its current one; after RESUMING, the data that it was given \
+                 may be incomplete"
             }
             (Request::SetState(_), Errno::EBUSY) => {
-                "the device is in use in a way that cannot be moved now; try again"
+                "the device is in use in a way that prevents a migration at the moment; try again"
             }
             (Request::SetState(_), Errno::ENOMEM) => "the kernel has no memory for the device's state",
             (Request::SetState(_), Errno::EIO | Errno::ETIMEDOUT) => {
-                "the device did not do it; if its state is ERROR now, only a reset leads out"
+                "the device failed to change its state; if it is in ERROR now, only a reset recovers it"
             }
             (
                 Request::SetState(_) | Request::Feature(_, Index::MIGRATION | Index::MIG_DEVICE_STATE),
@@ -104,7 +104,7 @@ impl Request {
                 "the kernel or the device's driver gives no estimate"
             }
             (Request::Feature(_, Index::MIG_PRECOPY_INFO_V2), Errno::ENOTTY) => {
-                "this kernel is older than it"
+                "this kernel is older than that feature"
             }
             (
                 Request::Feature(
@@ -114,10 +114,10 @@ impl Request {
                 Errno::ENOTTY,
             ) => "the device does not log its own DMA; the IOMMU may: see the address space",
             (Request::Feature(_, Index::DMA_LOGGING_START), Errno::E2BIG) => {
-                "Linux takes as many ranges as fit a page; join the nearest ones"
+                "Linux accepts only as many ranges as fit a page; merge ranges that are close to each other"
             }
             (Request::Feature(_, Index::DMA_LOGGING_START), Errno::ENOTSUP | Errno::ENOSPC) => {
-                "more memory than the device can watch over; fewer or larger pages may do"
+                "the device cannot track that much memory; fewer or larger pages may help"
             }
             (Request::Feature(_, Index::DMA_LOGGING_START), Errno::EINVAL) => {
                 "logging is on already, or a range is empty, overlaps another or is not aligned to the page size"
@@ -126,65 +126,66 @@ impl Request {
                 "this kernel was built without CONFIG_IOMMUFD_DRIVER, which reports of device logs need"
             }
             (Request::Feature(_, Index::DMA_LOGGING_REPORT), Errno::EINVAL) => {
-                "logging is off, or the page size is no power of two from 4096 on"
+                "logging is off, or the page size is not a power of two of at least 4096"
             }
             (Request::Reset, Errno::ENOTTY | Errno::EINVAL) => {
-                "this device cannot be reset by itself (it says so in DEVICE_GET_INFO); close it, and the \
-                 kernel resets it as far as it can"
+                "this device cannot be reset alone, as its flags in DEVICE_GET_INFO say; close it, and the kernel resets \
+                 it as far as possible"
             }
             (Request::GetInfo, Errno::EINVAL) => {
-                "the device is not bound to an iommufd (VFIO_DEVICE_BIND_IOMMUFD), so it answers nothing"
+                "the device is not bound to an iommufd (VFIO_DEVICE_BIND_IOMMUFD), and answers no request before that"
             }
-            (Request::GetInfo, Errno::ENOTTY) => "the fd is not one of a VFIO device",
+            (Request::GetInfo, Errno::ENOTTY) => "the fd is not a VFIO device",
             (Request::GetRegionInfo(_), Errno::EINVAL) => "there is no such region",
             (Request::GetIrqInfo(_), Errno::EINVAL | Errno::ENOTTY) => "there is no such interrupt index",
             (Request::SetIrqs(_), Errno::EINVAL) => {
-                "no such vector, or it is not wired, or the device uses interrupts of another kind now"
+                "there is no such vector, it has no eventfd, or the device uses another kind of interrupts now"
             }
             (Request::SetIrqs(_), Errno::ENOTTY) => {
                 "the device has no such action for interrupts of this kind"
             }
-            (Request::SetIrqs(_), Errno::ENOSPC) => "the machine has not that many interrupt vectors left",
+            (Request::SetIrqs(_), Errno::ENOSPC) => "the host does not have that many free interrupt vectors",
             (Request::RegionRead(_) | Request::RegionWrite(_), Errno::EIO) => {
-                "the device does not decode memory now: see its command register and power state"
+                "the device does not decode memory at the moment: check its command register and its power state"
             }
             (Request::RegionRead(_) | Request::RegionWrite(_), Errno::EINVAL) => {
-                "the region cannot be accessed there or in this way"
+                "the region cannot be accessed at that offset, or in that way"
             }
-            (Request::DataRead, Errno::EBADF) => "the session is one of RESUMING: it is written, not read",
-            (Request::DataWrite, Errno::EBADF) => "the session is a saving one: it is read, not written",
+            (Request::DataRead, Errno::EBADF) => "the session is a RESUMING session: it can only be written",
+            (Request::DataWrite, Errno::EBADF) => "the session is a saving session: it can only be read",
             (Request::DataRead | Request::DataWrite | Request::PrecopyInfo, Errno::ENODEV) => {
-                "the session is over: the device has left the states that it belongs to, was reset, or is gone"
+                "the session is over: the device has left the states of that session, was reset, or is gone"
             }
             (Request::DataWrite, Errno::ENOMEM | Errno::ENOSPC) => {
-                "more than this device's state has; the data are of another kind of device"
+                "more data than this device has state: it comes from another kind of device"
             }
             (Request::DataWrite, Errno::EFAULT | Errno::EINVAL | Errno::EBADMSG | Errno::ENOTSUP) => {
-                "the device does not take these data: they are damaged, or of another kind or version of it"
+                "the device refuses this data: it is damaged, or comes from another kind or version of device"
             }
             (Request::DataRead | Request::DataWrite, Errno::EIO | Errno::ETIMEDOUT) => {
-                "the device failed; if its state is ERROR now, only a reset leads out"
+                "the device failed; if it is in ERROR now, only a reset recovers it"
             }
-            (Request::PrecopyInfo, Errno::EINVAL) => "it is known in PRE_COPY and PRE_COPY_P2P only",
-            (Request::PrecopyInfo, Errno::ENOTTY) => "the device tells nothing of what is left in pre-copy",
-            (Request::GetDeviceFd, Errno::EINVAL) => "the group is in no container with an IOMMU",
+            (Request::PrecopyInfo, Errno::EINVAL) => "it is available only in PRE_COPY and PRE_COPY_P2P",
+            (Request::PrecopyInfo, Errno::ENOTTY) => {
+                "the device does not report how much is left in pre-copy"
+            }
+            (Request::GetDeviceFd, Errno::EINVAL) => "the group is not in a container with an IOMMU",
             (Request::GetDeviceFd, Errno::EBUSY | Errno::EPERM) => {
-                "another device of its group is in use by a driver of the host's"
+                "another device of its group is in use by a driver of the host"
             }
             (_, Errno::ENOTTY) => "the kernel or the device does not know this request",
             (_, Errno::ENOTCONN) => {
-                "the device's physical function is not there now: unplugged, or its firmware recovers from a failure"
+                "the device's physical function is not available: it was unplugged, or its firmware is recovering from a failure"
             }
-            (_, Errno::EMFILE) => {
-                "this process has as many open files as it may: raise its limit (ulimit -n)"
-            }
+            (_, Errno::EMFILE) => TOO_MANY_FILES,
             _ => "",
         }
     }
 
     /// The kernel's answer as an error.
     ///
-    /// ENODEV means that the device is gone, unless it ends a session: every later request gets the same answer.
+    /// ENODEV means that the device is gone, and that every later request gets the same answer. For a request to a data fd it
+    /// only means that the session is over.
     pub fn refused(self, device: &str, errno: Errno) -> Error {
         if errno == Errno::ENODEV && !self.is_of_session() {
             let reason = format!(
@@ -201,22 +202,22 @@ impl Request {
     }
 }
 
-/// What it means that a node of a device or of a group cannot be opened, and what to do about it.
+/// Why the node of a device or a group cannot be opened, and what to do about it.
 pub(crate) fn node_hint(errno: Errno, node: &Path, has_vfio: bool) -> String {
     let node = node.display();
     match errno {
         Errno::EBUSY => format!(
-            "somebody has it open already, through its group or its cdev; `fuser -v {node}` and the same of its \
-             other node show who"
+            "another process has it open, through its group or its cdev; `fuser -v {node}`, and the same for its \
+             other node, show which"
         ),
         Errno::EACCES => {
             format!(
-                "it belongs to root at first: `chown USER {node}` gives it to the user who is to have the device"
+                "it belongs to root by default: `chown USER {node}` gives it to the user who is to use the device"
             )
         }
         Errno::EPERM => {
-            "a device without IOMMU is for users with CAP_SYS_RAWIO only, and a container may forbid \
-                         all of its device nodes"
+            "only a process with CAP_SYS_RAWIO may open a device without an IOMMU, and a container may forbid \
+                         all device nodes"
                 .into()
         }
         Errno::ENOENT if !has_vfio => {
@@ -224,7 +225,7 @@ pub(crate) fn node_hint(errno: Errno, node: &Path, has_vfio: bool) -> String {
         }
         Errno::ENOENT => {
             "the kernel has the device, but its node is missing: is this a container without it, or \
-                          does udev not run?"
+                          is udev not running?"
                 .into()
         }
         Errno::ENODEV | Errno::ENXIO => {
@@ -281,7 +282,7 @@ mod tests {
         for (request, errno, word) in [
             (feature(FeatureIndex::MIGRATION), Errno::ENOTTY, "VFIO driver made for it"),
             (Request::SetState(3), Errno::ENOTTY, "VFIO driver made for it"),
-            (Request::SetState(1), Errno::EINVAL, "not whole"),
+            (Request::SetState(1), Errno::EINVAL, "incomplete"),
             (Request::SetState(3), Errno::EIO, "only a reset"),
             (feature(FeatureIndex::DMA_LOGGING_START), Errno::ENOTTY, "IOMMU may"),
             (feature(FeatureIndex::DMA_LOGGING_START), Errno::E2BIG, "fit a page"),
@@ -290,19 +291,19 @@ mod tests {
             (feature(FeatureIndex::MIG_PRECOPY_INFO_V2), Errno::ENOTTY, "older"),
             (feature(FeatureIndex(77)), Errno::ENOTTY, "does not know"),
             (Request::GetInfo, Errno::EINVAL, "iommufd"),
-            (Request::GetInfo, Errno::ENOTTY, "not one of a VFIO device"),
+            (Request::GetInfo, Errno::ENOTTY, "not a VFIO device"),
             (Request::GetRegionInfo(9), Errno::EINVAL, "no such region"),
             (Request::GetIrqInfo(9), Errno::EINVAL, "no such interrupt"),
-            (Request::SetIrqs(2), Errno::ENOSPC, "not that many"),
+            (Request::SetIrqs(2), Errno::ENOSPC, "not have that many"),
             (Request::Reset, Errno::EINVAL, "cannot be reset"),
             (Request::RegionRead(0), Errno::EIO, "command register"),
-            (Request::DataRead, Errno::EBADF, "written, not read"),
-            (Request::DataWrite, Errno::EBADF, "read, not written"),
+            (Request::DataRead, Errno::EBADF, "only be written"),
+            (Request::DataWrite, Errno::EBADF, "only be read"),
             (Request::DataRead, Errno::ENODEV, "session is over"),
-            (Request::DataWrite, Errno::ENOMEM, "more than"),
+            (Request::DataWrite, Errno::ENOMEM, "more data than"),
             (Request::DataWrite, Errno::EBADMSG, "damaged"),
             (Request::PrecopyInfo, Errno::EINVAL, "PRE_COPY"),
-            (Request::GetDeviceFd, Errno::EBUSY, "host's"),
+            (Request::GetDeviceFd, Errno::EBUSY, "driver of the host"),
             (Request::DataRead, Errno::EMFILE, "ulimit"),
             (Request::SetState(3), Errno::ENOTCONN, "physical function"),
         ] {

@@ -78,7 +78,7 @@ impl Unusable {
     pub fn what(&self) -> String {
         match self {
             Unusable::NoVfioDriver { driver: Some(driver), .. } => {
-                format!("bound to the driver {driver}, which is none of VFIO's")
+                format!("bound to the driver {driver}, which is not a VFIO driver")
             }
             Unusable::NoVfioDriver { driver: None, .. } => "bound to no driver".into(),
             Unusable::NoGroup { .. } => "in no IOMMU group".into(),
@@ -101,14 +101,14 @@ impl Unusable {
                 };
                 format!(
                     "to bind it: modprobe vfio-pci; echo vfio-pci > {device}/driver_override; {unbind}\
-                     echo {id} > /sys/bus/pci/drivers_probe (a driver of its own, such as mlx5_vfio_pci, in place \
-                     of vfio-pci where it is to migrate)"
+                     echo {id} > /sys/bus/pci/drivers_probe (to migrate it, use its vendor's VFIO driver, such as \
+                     mlx5_vfio_pci, in place of vfio-pci)"
                 )
             }
             Unusable::NoVfioDriver { .. } => "bind it to a VFIO driver of its bus".into(),
             Unusable::NoGroup { .. } => {
-                "switch the IOMMU on, in the firmware (VT-d, AMD-Vi, SMMU) and where needed on the kernel's command \
-                 line (intel_iommu=on)"
+                "enable the IOMMU in the firmware (VT-d, AMD-Vi, SMMU) and, if needed, on the kernel's command line \
+                 (intel_iommu=on)"
                     .into()
             }
             Unusable::NotViable { .. } => "bind these to vfio-pci too, or unbind them: a group has one owner".into(),
@@ -116,7 +116,7 @@ impl Unusable {
                 "load the module vfio, or pass the node into this container".into()
             }
             Unusable::NoPermission { node } => {
-                format!("give it to the user who is to have the device: chown USER {node}")
+                format!("give it to the user who is to use the device: chown USER {node}")
             }
         }
     }

@@ -165,7 +165,7 @@ fn data_that_a_device_does_not_take_end_the_session_for_writing() {
             sink.write(&saved[..part]).unwrap();
             let error = device.set_state(State::Stop).err().unwrap();
             assert!(
-                error.is_refused(Errno::EINVAL) && error.to_string().contains("not whole"),
+                error.is_refused(Errno::EINVAL) && error.to_string().contains("incomplete"),
                 "{what}: {error}"
             );
             assert_eq!(device.state().unwrap(), State::Resuming, "{what}");

@@ -34,7 +34,7 @@ fn kernel_devices_that_are_not_there_are_said_not_to_be_by_every_command() {
             &["send", absent, "--to", "unix:/nowhere"],
             &["receive", absent, "--listen", "unix:/nowhere/there"],
         ] {
-            limosa(command).fails(UNREACHABLE, &[absent, "`limosa probe` lists what there is"]);
+            limosa(command).fails(UNREACHABLE, &[absent, "`limosa probe` lists the devices"]);
         }
     }
     assert_eq!(device.state(), limosa_protocol::State::Running);

@@ -22,7 +22,7 @@ impl AddressSpace {
                 self.attach_bound(name, id, &mut |page_table| iommufd::attach(device, page_table))
             }
             Kind::Container(_) => {
-                Err(usage(name, "it was opened by its cdev, its address space is a container"))
+                Err(usage(name, "it was opened through its cdev, and the address space is a container"))
             }
         }
     }
@@ -51,7 +51,7 @@ impl AddressSpace {
                 Ok(is_seen)
             }
             Kind::Container(_) => {
-                Err(usage(name, "it is bound to an iommufd, its address space is a container"))
+                Err(usage(name, "it is bound to an iommufd, and the address space is a container"))
             }
         }
     }
@@ -71,7 +71,9 @@ impl AddressSpace {
                 state.attach(name, true);
                 Ok(())
             }
-            Kind::Iommufd(_) => Err(usage(name, "it was opened by its group, its address space is an IOAS")),
+            Kind::Iommufd(_) => {
+                Err(usage(name, "it was opened through its group, and the address space is an IOAS"))
+            }
         }
     }
 

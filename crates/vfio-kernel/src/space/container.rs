@@ -84,10 +84,10 @@ impl Container {
             Ok(API_VERSION) => Ok(container),
             Ok(version) => Err(Error::Misbehaved {
                 device: "/dev/vfio/vfio".into(),
-                what: format!("version {version} of the VFIO API, expected {API_VERSION}"),
+                what: format!("VFIO API version {version}, expected {API_VERSION}"),
             }),
             Err(errno) => {
-                Err(refused("/dev/vfio/vfio", "GET_API_VERSION", errno, "it is no container of VFIO's"))
+                Err(refused("/dev/vfio/vfio", "GET_API_VERSION", errno, "it is not a VFIO container"))
             }
         }
     }
@@ -109,10 +109,10 @@ impl Container {
             unsafe { ioctl::call(group, ioctl::vfio(GROUP_SET_CONTAINER), (&raw mut container).cast()) };
         added.map_err(|errno| {
             let hint = match errno {
-                Errno::EINVAL => "the group is in a container already, or one of its devices is not VFIO's",
+                Errno::EINVAL => "the group is in a container already, or one of its devices is not bound to a VFIO driver",
                 Errno::EBUSY | Errno::EPERM => {
-                    "a device of the group belongs to a driver of the host or to somebody else, or groups with \
-                     and without IOMMU would share a container"
+                    "a device of the group is in use by a driver of the host or by another process, or groups with and \
+                     without an IOMMU would share a container"
                 }
                 Errno::ENODEV => "its devices were opened through their cdevs",
                 _ => "",
@@ -145,10 +145,10 @@ impl Container {
         self.call(SET_IOMMU, iommu).map(drop).map_err(|errno| {
             let hint = match errno {
                 Errno::EPERM => {
-                    "the interrupts of this machine cannot be isolated; the module vfio_iommu_type1 has an \
-                     option for that, allow_unsafe_interrupts"
+                    "the interrupts of this machine cannot be isolated; the option allow_unsafe_interrupts of the module \
+                     vfio_iommu_type1 permits that"
                 }
-                Errno::EINVAL => "the container has got an IOMMU from somebody else meanwhile",
+                Errno::EINVAL => "another user of the container has set its IOMMU meanwhile",
                 _ => "",
             };
             refused(name, "SET_IOMMU", errno, hint)
@@ -255,9 +255,7 @@ impl Container {
                 Ok(ranges) => ranges.hint(),
                 Err(_) => String::new(),
             },
-            Errno::ENOTTY => {
-                "its devices have no IOMMU: they reach all memory by its physical address".into()
-            }
+            Errno::ENOTTY => "its devices have no IOMMU: they access memory by physical addresses".into(),
             errno => map_hint(errno).into(),
         }
     }

@@ -88,7 +88,7 @@ impl DirtySource for SpaceLog {
         let inner = &self.space.inner;
         let mut state = inner.state();
         if state.log.is_some() {
-            return Err(usage(self.name(), "its dirty pages are being logged for somebody else"));
+            return Err(usage(self.name(), "its dirty pages are already being logged for another caller"));
         }
         let log = Log::start(self.name(), inner.kind.log())?;
         let page_size = log.page_size();
@@ -117,7 +117,7 @@ impl DirtySource for SpaceLog {
 impl Drop for SpaceLog {
     fn drop(&mut self) {
         if let Err(error) = self.stop_now() {
-            tracing::warn!("dirty tracking goes on: {error}");
+            tracing::warn!("dirty tracking stays on: {error}");
         }
     }
 }

@@ -89,14 +89,14 @@ impl Iommufd {
         // SAFETY: the argument is the command's; the fd in it is open.
         unsafe { ioctl::call(device, ioctl::vfio(BIND_IOMMUFD), (&raw mut bind).cast()) }.map_err(|errno| {
             let hint = match errno {
-                Errno::EBUSY => "it, or its group, is in use by somebody else (fuser -v names who)",
+                Errno::EBUSY => "it or its group is in use by another process (fuser -v shows which)",
                 // What the kernel says of a second opening of a cdev.
-                Errno::EINVAL => "somebody has it open already (fuser -v names who): a cdev has one user at a time",
+                Errno::EINVAL => "another process has it open (fuser -v shows which): a cdev has one user at a time",
                 Errno::ENODEV => "the device is gone",
-                Errno::EACCES => "it is the virtual function of a device in use, whose VF token it needs",
+                Errno::EACCES => "it is a virtual function of a device that is in use, and needs the VF token of that device",
                 Errno::EPERM => {
-                    "the interrupts of its machine cannot be isolated; the module iommufd has an option for \
-                     that, allow_unsafe_interrupts"
+                    "the interrupts of this machine cannot be isolated; the option allow_unsafe_interrupts of the module \
+                     iommufd permits that"
                 }
                 _ => "",
             };
@@ -120,7 +120,7 @@ impl Iommufd {
             is_tracked = page_tables.iter().any(|table| match attach(table.id) {
                 Ok(()) => true,
                 Err(errno) => {
-                    tracing::debug!("{name}: does not fit page table {}: {errno}", table.id);
+                    tracing::debug!("{name}: cannot use page table {}: {errno}", table.id);
                     false
                 }
             });
@@ -135,7 +135,7 @@ impl Iommufd {
                         page_tables.push(table);
                     }
                     Err(errno) => {
-                        tracing::debug!("{name}: does not fit its own page table: {errno}");
+                        tracing::debug!("{name}: cannot use its own page table: {errno}");
                         self.destroy(table.id);
                     }
                 }
@@ -144,10 +144,10 @@ impl Iommufd {
         if !is_tracked {
             attach(self.ioas).map_err(|errno| {
                 let hint = match errno {
-                    Errno::EADDRINUSE => "memory is mapped where its IOMMU reserves addresses",
+                    Errno::EADDRINUSE => "memory is mapped at addresses that its IOMMU reserves",
                     Errno::ENOMEM => map_hint(errno),
                     Errno::EBUSY => "it is being reset",
-                    Errno::EINVAL => "its IOMMU does not fit the memory that is mapped",
+                    Errno::EINVAL => "its IOMMU cannot reach all of the memory that is mapped",
                     _ => "",
                 };
                 refused(name, "ATTACH_IOMMUFD_PT", errno, hint)
@@ -237,7 +237,7 @@ impl Iommufd {
         unsafe { request(self.fd.as_fd(), IOAS_UNMAP, &mut argument) }.map(drop).map_err(|errno| {
             let hint = match errno {
                 Errno::ENOENT => format!("{NOTHING_THERE}, or in part: {IN_PART}"),
-                Errno::EBUSY => "a device does not let go of it".into(),
+                Errno::EBUSY => "a device still uses it".into(),
                 _ => String::new(),
             };
             refused(name, unmap_request(range), errno, hint)
@@ -270,7 +270,7 @@ impl Iommufd {
                 Err(errno) => {
                     let hint = match errno {
                         Errno::ENOENT | Errno::EINVAL => format!("there is no IOAS {}", self.ioas),
-                        Errno::ENOTTY => "the fd is not one of /dev/iommu".into(),
+                        Errno::ENOTTY => "the fd is not an iommufd (/dev/iommu)".into(),
                         _ => String::new(),
                     };
                     return Err(refused("iommufd", "IOAS_IOVA_RANGES", errno, hint));

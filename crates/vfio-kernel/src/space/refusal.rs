@@ -27,10 +27,10 @@ pub(super) fn map_request(mapping: &Mapping) -> String {
 pub(super) fn map_hint(errno: Errno) -> &'static str {
     match errno {
         Errno::EEXIST => "memory is mapped there already",
-        Errno::EFAULT => "the memory cannot be pinned; is all of it mapped, and a file long enough?",
-        Errno::ENOMEM => "memory cannot be pinned beyond RLIMIT_MEMLOCK (ulimit -l)",
+        Errno::EFAULT => "the memory cannot be pinned: is all of it mapped, and is its file long enough?",
+        Errno::ENOMEM => "pinning the memory would exceed RLIMIT_MEMLOCK (ulimit -l)",
         Errno::ENOSPC => {
-            "the container is full; map larger pieces, or raise dma_entry_limit of the module vfio_iommu_type1"
+            "the container has its maximum of mappings; map larger pieces, or raise dma_entry_limit of the module vfio_iommu_type1"
         }
         _ => "",
     }

@@ -77,7 +77,7 @@ impl Type1 for Container {
         self.dirty_pages(START).map_err(|errno| {
             let hint = match errno {
                 Errno::EACCES => "the container's IOMMU is of type1's first version; set VFIO_TYPE1v2_IOMMU",
-                Errno::ENOMEM => "there is no memory for its bitmaps",
+                Errno::ENOMEM => "the kernel has no memory for its bitmaps",
                 Errno::EINVAL => "a mapping is too large to be logged; map it in pieces",
                 _ => "",
             };

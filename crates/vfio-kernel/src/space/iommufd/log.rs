@@ -104,7 +104,7 @@ impl<K: PageTables> DoorLog for PageTableLog<K> {
         for (at, table) in tables.iter().enumerate() {
             if let Err(error) = self.kernel.track(name, *table, true) {
                 if let Err(error) = self.untrack(name, &tables[..at]) {
-                    tracing::warn!("dirty tracking goes on: {error}");
+                    tracing::warn!("dirty tracking stays on: {error}");
                 }
                 return Err(error);
             }
