@@ -165,7 +165,7 @@ pub enum Error {
         why: Mistrust,
     },
     /// The machine with which a move in doubt was to be settled is not the machine that was sent.
-    #[error("it is another machine than the one that was moved: {0}")]
+    #[error("it is not the machine that was moved: {0}")]
     AnotherMachine(Difference),
     /// The other side exceeded a time limit.
     #[error("{peer}: nothing came within {limit:?} while {doing}")]

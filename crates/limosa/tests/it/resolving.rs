@@ -94,7 +94,7 @@ fn a_stranger_at_the_destination_s_address_settled_a_doubt() {
     let nowhere = scene.folder.text("nowhere");
     let to = format!("unix:{}", scene.folder.text("link"));
     let asked = limosa(&["resolve", &name, "--moves", &nowhere, "--id", &id, "--to", &to]);
-    asked.fails(5, &["no secret of it was noted", "--insecure", "--decide"]);
+    asked.fails(5, &["no secret of the move was noted", "--insecure", "--decide"]);
     assert!(scene.resolve(&[&name]).ok().contains("moved; it is stopped"));
     assert!(scene.source.state() == State::Stop && scene.vcpus.is_stopped());
 }

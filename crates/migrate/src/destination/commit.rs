@@ -65,7 +65,7 @@ impl<'a> Destination<'a> {
         // A guest may have been waiting until here.
         if let Some(error) = self.ledger.sync(id) {
             let note = format!(
-                "what became of move {id} is not on the disk ({error}): only this process can answer a source in doubt"
+                "the outcome of move {id} is not on the disk ({error}): only this process can answer a source in doubt"
             );
             context.recorder.note(note);
         }

@@ -20,7 +20,7 @@ impl Receiving<'_, '_> {
         let mut state = self.state.lock();
         if !(1..wanted).contains(&had) || state.joined >> had != 0 {
             let why = format!(
-                "{had} links instead of {wanted}, where {} further ones have joined",
+                "it announces {had} links instead of {wanted}, and {} further links have joined",
                 state.joined.count_ones()
             );
             return Err(reader.damaged(Damage::Content { kind: Kind::LINKS, why }));

@@ -8,10 +8,10 @@ use limosa_protocol::State;
 #[non_exhaustive]
 pub enum Misbehaviour {
     /// It opened a session without a data stream.
-    #[error("it entered {0} and gave no data stream")]
+    #[error("it entered {0} without opening a data stream")]
     NoDataStream(State),
     /// A read returned no data, or more than the buffer can hold.
-    #[error("a read of up to {room} bytes gave {bytes}")]
+    #[error("a read of up to {room} bytes returned {bytes} bytes")]
     WrongLength {
         /// The size of the buffer in bytes.
         room: usize,
@@ -20,7 +20,7 @@ pub enum Misbehaviour {
     },
     /// Its data never ends, or is more than it may have ([`Options::state_max`](crate::Options::state_max)).
     #[error(
-        "its data has no end within {0} bytes, the limit; if it has so much state, allow more (--state-max)"
+        "its data exceeds {0} bytes, the limit; if it really has that much state, raise the limit (--state-max)"
     )]
     Endless(u64),
     /// It said "nothing for now" in STOP_COPY, where a device has data or is at the end.
@@ -32,10 +32,10 @@ pub enum Misbehaviour {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Changed {
-    /// It is in another state than the engine has driven it to.
-    #[error("it is in {found}, the engine has driven it to {expected}")]
+    /// It is not in the state that the engine had set.
+    #[error("it is in {found}, and the engine had set it to {expected}")]
     State {
-        /// The state to which the engine has driven it.
+        /// The state that the engine had set.
         expected: State,
         /// The state in which it is.
         found: State,

@@ -61,7 +61,7 @@ pub enum Difference {
         found: Vec<String>,
     },
     /// Their memory differs.
-    #[error("its regions of memory are of {found:?} bytes, those that were moved are of {expected:?}")]
+    #[error("its memory regions have {found:?} bytes, those that were moved have {expected:?}")]
     Memory {
         /// The sizes of the regions that were moved, in bytes.
         expected: Vec<u64>,

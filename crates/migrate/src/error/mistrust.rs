@@ -10,8 +10,7 @@ use crate::link::Fingerprint;
 pub enum Mistrust {
     /// It is of a version whose words carry no proofs.
     #[error(
-        "{sign}, so it is of an older version, and what it says about the commit would be believed without a proof; update \
-         it, or allow peers that are not authenticated (--insecure, Options::unauthenticated_peers)"
+        "{sign}, so it is of an older version, and what it says about the commit cannot be verified; update it, or allow peers that are not authenticated (--insecure, Options::unauthenticated_peers)"
     )]
     OlderVersion {
         /// What shows it.
@@ -19,7 +18,7 @@ pub enum Mistrust {
     },
     /// This side knows no secret of the move, so that the other side can prove nothing.
     #[error(
-        "nothing here can tell the other end of move {id} from a stranger, as no secret of it was noted; allow peers that \
+        "the other end of move {id} cannot be authenticated, as no secret of the move was noted; allow peers that \
          are not authenticated (--insecure, Options::unauthenticated_peers), or look at both ends and decide (--decide)"
     )]
     NoSecret {
@@ -29,7 +28,7 @@ pub enum Mistrust {
     /// It has another certificate than the destination to which the COMMIT was sent.
     #[error(
         "it is not the destination to which the COMMIT was sent: the SHA-256 of its certificate is {}, expected {expected}; \
-         ask the one with that certificate, or look at the destination and decide (--decide)",
+         ask the destination with that certificate, or look at the destination and decide (--decide)",
         .found.map_or("not known, as the link is not under TLS".into(), |found| found.to_string())
     )]
     AnotherCertificate {

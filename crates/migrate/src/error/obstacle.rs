@@ -26,9 +26,9 @@ pub enum Obstacle {
         /// Bytes that it says are left.
         left_bytes: u64,
     },
-    /// A device has more to give in the stop than fits into the goal, and pre-copy cannot make that less.
+    /// A device has more data to send in the stop than the goal allows, and pre-copy cannot reduce that.
     #[error(
-        "{device} has {bytes} bytes to give once it is stopped; allow more downtime, or use a faster link or disk"
+        "{device} has {bytes} bytes to send once it is stopped; allow more downtime, or use a faster link or disk"
     )]
     DeviceState {
         /// The device.
@@ -38,7 +38,7 @@ pub enum Obstacle {
     },
     /// The destination loads a device's data more slowly than the goal allows.
     #[error(
-        "the destination has not loaded {bytes} bytes that {device} has given; find out why its device there is slow, or \
+        "the destination has not loaded {bytes} bytes that {device} has sent; find out why the device there is slow, or \
          allow more downtime"
     )]
     SlowToLoad {
@@ -49,7 +49,7 @@ pub enum Obstacle {
     },
     /// A device's initial bytes were not read and loaded in time.
     #[error(
-        "{device} still has {left_bytes} bytes of initial data to give or to load after {limit:?}; allow it more time"
+        "{device} still has {left_bytes} bytes of initial data to send or to load after {limit:?}; allow it more time"
     )]
     InitialData {
         /// The device.
@@ -59,10 +59,10 @@ pub enum Obstacle {
         /// The limit that has passed ([`Convergence::initial_max`](crate::Convergence::initial_max)).
         limit: Duration,
     },
-    /// A device does not say how much it has to give in the stop.
+    /// A device does not report how much data it has to send in the stop.
     #[error(
-        "{device} does not say how much state it has (no MIG_DATA_SIZE), so that no downtime can be promised; tell \
-         its size (MovedDevice::stop_bytes), or allow the stop whatever it takes"
+        "{device} does not say how much state it has (no MIG_DATA_SIZE), so that the downtime cannot be \
+         predicted; state its size (MovedDevice::stop_bytes), or allow a stop of any length"
     )]
     SizeUnknown {
         /// The device.
@@ -83,8 +83,8 @@ pub enum Obstacle {
     },
     /// The data that is left would fit into the goal, and the rest of a stop does not.
     #[error(
-        "the link's latency, the devices' own arcs and the last harvest of dirty pages make a stop that long, although \
-         little data is left; allow more downtime"
+        "the latency of the link, the devices' arcs and the last read of the dirty logs take that long, although little \
+         data is left; allow more downtime"
     )]
     Latency,
 }

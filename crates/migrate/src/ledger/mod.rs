@@ -132,7 +132,7 @@ impl Ledger {
         let unknown = (Decision::Unknown, None);
         let Some(folder) = &self.folder else { return Ok(unknown) };
         let failed = |error: io::Error| {
-            tracing::error!("what became of move {id} is not known: {error}");
+            tracing::error!("the outcome of move {id} is not known: {error}");
             unknown.clone()
         };
         match record::find(folder, id) {
@@ -243,7 +243,7 @@ impl Move {
     /// Without the record a later process cannot tell, and the source stays stopped until a person looks: safe.
     fn is_recorded(&mut self, done: io::Result<()>) {
         if let Err(error) = done {
-            tracing::error!("what became of move {} cannot be recorded: {error}", self.id);
+            tracing::error!("the outcome of move {} cannot be recorded: {error}", self.id);
             self.record = None;
             self.unrecorded = Some(error.to_string());
         }

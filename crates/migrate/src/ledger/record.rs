@@ -342,7 +342,7 @@ mod tests {
         for mode in [0o644, 0o660, 0o666] {
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
             let error = ask(&folder).unwrap_err().to_string();
-            assert!(error.contains(path.to_str().unwrap()) && error.contains("not believed"), "{error}");
+            assert!(error.contains(path.to_str().unwrap()) && error.contains("not trusted"), "{error}");
         }
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         assert_eq!(ask(&folder).unwrap(), Decision::Committed);

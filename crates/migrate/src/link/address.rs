@@ -28,7 +28,7 @@ impl FromStr for Address {
 
     fn from_str(text: &str) -> Result<Address, AddressError> {
         let refuse = |why| Err(AddressError { text: text.into(), why });
-        let Some((scheme, rest)) = text.split_once(':') else { return refuse("it names no kind of link") };
+        let Some((scheme, rest)) = text.split_once(':') else { return refuse("it has no scheme") };
         match scheme {
             "unix" | "file" if rest.is_empty() => refuse("the path is empty"),
             "unix" => Ok(Address::Unix(rest.into())),
@@ -49,7 +49,7 @@ impl FromStr for Address {
                 }
                 Ok(Address::Tcp(host.into(), port))
             }
-            _ => refuse("it names no kind of link that is known"),
+            _ => refuse("its scheme is not known"),
         }
     }
 }

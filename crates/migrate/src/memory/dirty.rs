@@ -317,7 +317,7 @@ impl DirtyLogs {
                 Ok(stopped) => stopped.err().map(|error| error.to_string()),
                 Err(panic) => Some(panic.to_string()),
             };
-            notes.extend(error.map(|error| format!("DMA logging goes on: {error}")));
+            notes.extend(error.map(|error| format!("DMA logging stays on: {error}")));
         };
         for (device, log) in devices.iter().zip(&mut self.device_logs) {
             if let Some(log) = log.take() {

@@ -232,7 +232,7 @@ impl MemoryRegion<'_> {
 
 /// Why an access to mapped memory fails.
 pub(crate) fn cut_short() -> io::Error {
-    let why = "beyond the memory's end, or the file behind it was cut short or has no more room on its disk";
+    let why = "beyond the end of the memory, or its file was truncated or has no more room on its disk";
     io::Error::new(io::ErrorKind::UnexpectedEof, why)
 }
 

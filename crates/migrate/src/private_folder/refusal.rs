@@ -1,4 +1,4 @@
-//! Which files are not believed, and the errors that say so.
+//! The files that are not trusted, and the errors that say why.
 
 use std::io;
 use std::path::Path;
@@ -15,12 +15,12 @@ pub(super) fn check(stat: &Stat) -> io::Result<()> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
     }
     if stat.st_uid != geteuid().as_raw() {
-        return Err(denied(format!("{}, and is not believed: remove it", owners(stat))));
+        return Err(denied(format!("{}, and is not trusted: remove it", owners(stat))));
     }
     let mode = stat.st_mode & 0o7777;
     if mode & 0o077 != 0 {
         return Err(denied(format!(
-            "other users may open it (mode {mode:04o}), and it is not believed: expected mode 0600; chmod 600 it if you \
+            "other users may open it (mode {mode:04o}), and it is not trusted: expected mode 0600; chmod 600 it if you \
              know that its contents are right, or remove it"
         )));
     }

@@ -183,8 +183,8 @@ fn unquiesced(devices: &[DeviceFacts]) -> Option<String> {
         return None;
     }
     Some(format!(
-        "without P2P, so that DMA to the other devices does not end before these are stopped, and begins before these run: \
-         {}; if the guest lets devices reach each other, such DMA may be lost",
+        "without P2P states: {}; their DMA to other devices may come when those are stopped already, or do not run yet; it is \
+         lost if the guest lets devices access each other",
         names.join(", ")
     ))
 }
@@ -197,7 +197,7 @@ pub(super) fn check_preface(
 ) -> Result<()> {
     let preface = connection.receive_preface(cancel)?;
     if preface.id != id || preface.flags.contains(PrefaceFlags::STORED) {
-        let what = format!("it answers for move {}, move {id} was offered or asked about", preface.id);
+        let what = format!("it answers for move {}, and was asked about move {id}", preface.id);
         return Err(connection.damaged(Damage::Unexpected { what }));
     }
     Ok(())

@@ -128,7 +128,7 @@ impl<'a> Source<'a> {
         };
         for error in unfinished {
             recorder.note(format!(
-                "{error}: it has been moved and must not run; reset it before it is used again"
+                "{error}: its state was moved, and it must not run; reset it before it is used again"
             ));
         }
         let mut notes = Vec::new();

@@ -214,7 +214,7 @@ fn memory_that_was_cut_short_is_an_error_of_the_side_that_has_it() {
             0 => assert!(matches!(outcome, Outcome::Undone { why: Error::Memory { .. }, .. }), "{what}"),
             _ => assert!(matches!(received, Received::Discarded { why: Error::Memory { .. }, .. }), "{what}"),
         }
-        assert!(what.contains("cut short"), "{what}");
+        assert!(what.contains("truncated"), "{what}");
         ends.memory = None;
         assert!(!ends.check(outcome, received, &what));
     }

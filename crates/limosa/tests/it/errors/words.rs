@@ -68,7 +68,7 @@ fn messages_said_things_twice_or_lacked_the_option_that_helps() {
     assert!(!ended.err.contains("os error"), "{ended:?}");
     migrate(&["--standstill", "0.000001"]).fails(REFUSED, &["--standstill allows a longer one"]);
     let ended = migrate(&["--state-max", "1000"]);
-    ended.fails(1, &["allow more (--state-max)"]);
+    ended.fails(1, &["raise the limit (--state-max)"]);
     assert!(!ended.err.contains("::"), "an item of the library: {ended:?}");
     for command in ["verify", "inspect"] {
         limosa(&[command, "-"]).fails(USAGE, &["not read from standard input", "./-"]);

@@ -38,7 +38,7 @@ pub(in crate::link) fn connect_to(
         Address::Tcp(host, port) => {
             let addresses = look_up(host, *port, wait)?;
             if within_host && !addresses.iter().all(is_loopback) {
-                let what = "it is not within this host, and the link is to be";
+                let what = "it is not on this host, and the link must not leave this host";
                 return Err(std::io::Error::new(std::io::ErrorKind::PermissionDenied, what).into());
             }
             let mut failed =
@@ -145,7 +145,7 @@ fn in_time<T: Send + 'static>(
         Ok(Some(done)) => Ok(done?),
         Ok(None) => Err(LinkError::Cancelled),
         Err(_) => {
-            let what = format!("the lookup of the host's name did not end within {left:?}");
+            let what = format!("the lookup of the host name did not finish within {left:?}");
             Err(std::io::Error::new(std::io::ErrorKind::TimedOut, what).into())
         }
     }

@@ -209,7 +209,7 @@ fn read(path: &Path) -> Result<(Vec<u8>, u32), TlsError> {
             _ => failed(format!("cannot be opened: {error}")),
         })?;
     let metadata =
-        file.metadata().map_err(|error| failed(format!("cannot be looked at: {error}")))?;
+        file.metadata().map_err(|error| failed(format!("its metadata cannot be read: {error}")))?;
     // A descriptor of a process may be a pipe or a device, which may never end.
     if !metadata.is_file() {
         return Err(failed("it is not a regular file; expected a PEM file".into()));
@@ -218,7 +218,7 @@ fn read(path: &Path) -> Result<(Vec<u8>, u32), TlsError> {
         .map_err(|error| failed(format!("cannot be read: {error}")))?;
     if bytes.len() as u64 > FILE_BYTES_MAX {
         return Err(failed(
-            "it is larger than 1 MiB, which no PEM file of certificates or a key is".into(),
+            "it is larger than 1 MiB, the limit for a PEM file of certificates or a key".into(),
         ));
     }
     Ok((bytes, metadata.permissions().mode() & 0o7777))
@@ -282,8 +282,8 @@ fn certified(
     })?;
     if mode & 0o077 != 0 {
         return Err(failed(format!(
-            "its mode {mode:04o} lets others than its owner have a private key; run `chmod 600 {}`, and make a new key if \
-             somebody may have read this one",
+            "its mode {mode:04o} lets other users than its owner read a private key; run `chmod 600 {}`, and create a new key \
+             if somebody may have read this one",
             key.display()
         )));
     }

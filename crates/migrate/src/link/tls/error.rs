@@ -74,17 +74,15 @@ pub(super) fn session(error: rustls::Error, ca: &Path, certificate: &Path) -> Tl
         },
         Error::AlertReceived(alert) => TlsError::Refused { why: self::alert(alert, certificate) },
         Error::PeerIncompatible(how) => TlsError::Broken {
-            why: format!("it has no TLS that this side accepts, which is version 1.3: {how:?}"),
+            why: format!("it offers no version of TLS that this side accepts (1.3): {how:?}"),
         },
         Error::NoApplicationProtocol => {
-            TlsError::Broken { why: "it is there for something else than moving devices (ALPN)".into() }
+            TlsError::Broken { why: "it serves another protocol than the migration of devices (ALPN)".into() }
         }
         Error::DecryptError => {
             TlsError::Broken { why: "a TLS record was altered on the way: it does not decrypt".into() }
         }
-        error => {
-            TlsError::Broken { why: format!("what it sent breaks TLS: {}", printable(&error.to_string())) }
-        }
+        error => TlsError::Broken { why: format!("it violates TLS: {}", printable(&error.to_string())) },
     }
 }
 
@@ -113,22 +111,22 @@ pub(super) fn certificate(error: &CertificateError, ca: &Path) -> String {
             };
             let presented: Vec<_> = presented.iter().map(plainly).collect();
             match presented.is_empty() {
-                true => format!("it is made out to no name; expected is {expected} (subjectAltName)"),
-                false => format!("it is made out to {}; expected is {expected}", printable(&presented.join(", "))),
+                true => format!("it is issued to no name; expected is {expected} (subjectAltName)"),
+                false => format!("it is issued to {}; expected is {expected}", printable(&presented.join(", "))),
             }
         }
-        CertificateError::NotValidForName => "it is made out to another name than is expected".into(),
+        CertificateError::NotValidForName => "it is issued to another name than the expected one".into(),
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
             "it is not for this purpose: its extendedKeyUsage needs serverAuth at a destination and clientAuth at a \
              source, or is left out"
                 .into()
         }
-        CertificateError::BadEncoding => "it is no certificate: its encoding is damaged".into(),
+        CertificateError::BadEncoding => "it is not a valid certificate: its encoding is damaged".into(),
         CertificateError::Revoked => "it has been revoked".into(),
         // The verifier has no kind of its own for it.
         error if error.to_string().contains("CaUsedAsEndEntity") => {
-            "it is the certificate of an authority, self-signed perhaps, and not that of a host: make one for the host, without CA:TRUE, \
-             signed by the authority"
+            "it is the certificate of an authority, perhaps self-signed, and not that of a host: create one for the host, without \
+             CA:TRUE, signed by the authority"
                 .into()
         }
         error => printable(&error.to_string()),
@@ -153,11 +151,11 @@ fn alert(alert: AlertDescription, certificate: &Path) -> String {
         AlertDescription::CertificateExpired => {
             format!("{own} has expired or is not valid yet, by that machine's clock")
         }
-        AlertDescription::UnknownCA => format!("{own} does not come from an authority that it believes"),
-        AlertDescription::CertificateRequired => "it was shown no certificate".into(),
+        AlertDescription::UnknownCA => format!("{own} does not come from an authority that it trusts"),
+        AlertDescription::CertificateRequired => "it received no certificate".into(),
         AlertDescription::BadCertificate => {
             format!(
-                "{own} does not fit: it is made out to another name than is expected there, or is damaged"
+                "{own} is refused: it is issued to another name than the one expected there, or is damaged"
             )
         }
         AlertDescription::UnsupportedCertificate => {
@@ -169,11 +167,11 @@ fn alert(alert: AlertDescription, certificate: &Path) -> String {
         }
         AlertDescription::ProtocolVersion => "it does not have TLS 1.3".into(),
         AlertDescription::NoApplicationProtocol => {
-            "it is there for something else than moving devices (ALPN)".into()
+            "it serves another protocol than the migration of devices (ALPN)".into()
         }
         // A signature does not verify: the cause is an authority of the same name with another key.
         AlertDescription::DecryptError => format!(
-            "{own} was not signed by the authority that it believes, though that has the same name; or it was altered \
+            "{own} was not signed by the authority that it trusts, although that has the same name; or it was altered \
              on the way"
         ),
         AlertDescription::BadRecordMac => "what this side sent was altered on the way".into(),

@@ -68,10 +68,10 @@ fn a_certificate_for_another_name_or_purpose_is_refused_and_both_sides_say_so() 
     let authority = Authority::new();
     let (source, destination) = (authority.tls("source"), authority.tls("destination"));
     let (near, far) = refuse(&source, &authority.tls("elsewhere"));
-    says(&near, &["made out to", "elsewhere", "expected is destination"]);
+    says(&near, &["issued to", "elsewhere", "expected is destination"]);
     says(&far, &["refuses this side", "elsewhere", "another name"]);
     let (near, far) = refuse(&source, &authority.load("destination", Some("that.source")));
-    says(&far, &["made out to", "expected is that.source"]);
+    says(&far, &["issued to", "expected is that.source"]);
     says(&near, &["refuses this side", "another name"]);
     for (purpose, fits) in
         [(ExtendedKeyUsagePurpose::ServerAuth, false), (ExtendedKeyUsagePurpose::ClientAuth, true)]

@@ -175,7 +175,7 @@ fn a_record_without_a_secret_was_answered_to_anybody() {
     let (kind, reason, answered) = query(&ledger, Some(Forged::Bare), false);
     assert_eq!(kind, Kind::ABORT);
     let reason = String::from_utf8_lossy(&reason[4..]).into_owned();
-    assert!(reason.contains("no secret of it was noted") && reason.contains("--insecure"), "{reason}");
+    assert!(reason.contains("no secret of the move was noted") && reason.contains("--insecure"), "{reason}");
     assert!(matches!(answered, Err(Error::Unauthenticated { .. })), "{answered:?}");
     let (kind, outcome, answered) = query(&ledger, Some(Forged::Bare), true);
     assert_eq!((kind, &outcome[..]), (Kind::OUTCOME, &[2, 0, 0, 0][..]));
