@@ -49,8 +49,8 @@ pub fn run(each: Duration, mut done: impl FnMut(Figure)) -> anyhow::Result<()> {
     run.reports()
 }
 
-/// Where accesses do no harm: the bench's own memory, else the start of a PCI header to read, and its
-/// last eight bytes, reserved ones and the interrupt line, to write back as they are.
+/// Places where accesses are harmless: the bench's own memory; else the start of a PCI header, which is read, and its last
+/// eight bytes (reserved ones and the interrupt line), which are written back unchanged.
 pub(crate) const HARMLESS: Place = Place { region: pci_index::CONFIG, read_at: 0, write_at: 0x38 };
 const OWN: Place = Place { region: 0, read_at: 0, write_at: 0 };
 

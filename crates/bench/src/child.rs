@@ -28,7 +28,7 @@ pub(crate) enum Role {
 const ROLES: [(Role, &str); 3] =
     [(Role::Floor, "floor"), (Role::Limosa, "limosa"), (Role::VfioUserCrate, "vfio_user")];
 
-/// A running child. Ends with its socket, and is waited for when dropped.
+/// A running child. It ends when its socket is closed, and is waited for when this is dropped.
 pub(crate) struct Child(std::process::Child);
 
 impl Child {
@@ -41,7 +41,7 @@ impl Child {
 
     fn of(program: &Path, role: &str, stdin: OwnedFd) -> std::io::Result<Child> {
         let mut command = Command::new(program);
-        // The terminal's signals are for this process, which gives the device back, and then ends the other one.
+        // Signals of the terminal are for this process, which returns the device to its state, and then ends the child.
         command.process_group(0).env(VARIABLE, role);
         command.stdin(Stdio::from(stdin)).stdout(Stdio::null()).spawn().map(Child)
     }
@@ -49,7 +49,7 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        // The socket may still be open on this side: the child is told, not waited for alone.
+        // The socket may still be open on this side, so the child is told to end before it is waited for.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

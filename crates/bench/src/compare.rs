@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::document::Document;
 
-/// Less than this is no difference, whatever the spread: the share by which the median changed.
+/// A smaller relative change of the median does not count as a difference, whatever the spread.
 pub const SHARE_LEAST: f64 = 0.05;
 
 /// How a measure changed.

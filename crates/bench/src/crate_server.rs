@@ -1,5 +1,5 @@
-//! The `vfio_user` crate's server with a region of plain memory: what else there is in Rust,
-//! measured with its own client in the same run.
+//! The `vfio_user` crate's server with a region of plain memory: the other implementation in Rust, measured with its own client
+//! in the same run.
 
 use std::fs::File;
 use std::io;

@@ -75,7 +75,7 @@ pub struct Measure {
     pub max_ns: u64,
     /// The lowest and the highest median of parts of the run, in ns; `None` of too few samples.
     pub spread_ns: Option<(u64, u64)>,
-    /// How many took up to how long: (ns, count) in ascending order, without empty ones.
+    /// The histogram: (ns, number of operations up to that time) in ascending order, without empty buckets.
     pub histogram: Vec<(u64, u64)>,
     /// The floor, which was timed alternately.
     #[serde(default)]
@@ -123,7 +123,7 @@ impl Document {
                 return Err(format!("it is no document of the bench: its `bench` is no version; {EXPECTED}"));
             }
         }
-        // The command says of each document which one it is.
+        // The command adds which of the documents it is.
         if let Some(fields) = read.as_object_mut() {
             fields.remove("schema");
             fields.remove("command");
@@ -134,9 +134,9 @@ impl Document {
         Ok(document)
     }
 
-    /// Refuses numbers that no run has.
+    /// Refuses numbers that no run can have.
     fn check(&self) -> Result<(), String> {
-        // Not a number is above nothing.
+        // NaN is not above anything.
         if !(self.seconds > 0.0 && self.seconds.is_finite()) {
             return Err(format!("it is damaged at each_ns: {}, expected more than 0", self.seconds * 1e9));
         }

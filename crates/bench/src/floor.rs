@@ -1,6 +1,6 @@
 //! The floor: a request and a reply of given sizes over a bare AF_UNIX stream socket, answered by
-//! another process with one read and one write where the kernel allows. Nothing that carries these
-//! bytes can be faster on this machine.
+//! another process with one read and one write where the kernel allows. No transport that carries
+//! these bytes can be faster on this machine.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

@@ -74,7 +74,7 @@ fn row(page: &mut String, measure: &Measure) -> std::fmt::Result {
     writeln!(page, "<td>{}</td></tr>", picture(measure))
 }
 
-/// Bars of equal width in the logarithm of the time, so that a tail is seen.
+/// Bars of equal width in the logarithm of the time, so that a tail is visible.
 fn picture(measure: &Measure) -> String {
     let log = |ns: u64| (ns.max(1) as f64).ln();
     let (low, high) = (log(measure.best_ns), log(measure.max_ns));
@@ -89,7 +89,7 @@ fn picture(measure: &Measure) -> String {
     );
     let width = WIDTH / BARS as f64;
     for (at, count) in bars.iter().enumerate().filter(|(_, count)| **count > 0) {
-        // A bar of one sample among thousands is seen.
+        // A bar of one sample among thousands stays visible.
         let height = (*count as f64 / most * HEIGHT).max(1.0);
         let (x, y) = (at as f64 * width, HEIGHT - height);
         let _ = write!(

@@ -1,4 +1,4 @@
-//! The `vfio_user` crate as a contender: its client on its own server.
+//! The `vfio_user` crate as a contender: its client with its server.
 
 use std::os::unix::net::UnixListener;
 
@@ -17,7 +17,7 @@ pub(crate) struct Rival {
 impl Rival {
     /// On the crate's own server, in another process.
     pub(crate) fn on_its_own_server() -> anyhow::Result<Rival> {
-        // It is gone as soon as both ends have each other: nothing stays behind when a signal ends the measurement.
+        // It is removed as soon as both ends are connected, so that nothing is left when a signal ends the measurement.
         let folder = tempfile::tempdir().context("cannot make a folder for a socket")?;
         let path = folder.path().join("vfio_user.sock");
         let listener = UnixListener::bind(&path).context("cannot listen on a socket")?;

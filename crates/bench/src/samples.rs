@@ -38,7 +38,7 @@ pub(crate) struct Took {
     pub bytes: u64,
 }
 
-/// A baseline, timed in turns with a measure.
+/// A baseline, timed alternately with a measure.
 pub(crate) struct Baseline<'a> {
     pub name: &'static str,
     pub run: &'a mut dyn FnMut() -> anyhow::Result<()>,
@@ -52,8 +52,8 @@ pub(crate) fn timed<T, E>(bytes: u64, call: impl FnOnce() -> Result<T, E>) -> Re
 }
 
 impl Sampler {
-    /// Runs operations until the share is used, one at least, each in turn with one of the floor where there is one. The
-    /// preparation of an operation counts against the share, not as its time.
+    /// Runs operations until the share is used, at least one, and alternates with operations of the floor if there is one. The
+    /// preparation of an operation counts against the share, but not as its time.
     pub fn run(
         &self,
         id: impl Into<String>,
@@ -101,7 +101,7 @@ fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// The middle of some numbers; 0 of none.
+/// The median of some numbers; 0 if there are none.
 fn median(times: &[u64]) -> u64 {
     let mut sorted = times.to_vec();
     sorted.sort_unstable();
@@ -120,7 +120,7 @@ pub(crate) fn measure(id: String, bytes: u64, mut times: Vec<u64>) -> Measure {
     });
     let mut histogram = Histogram::<u64>::new(DIGITS).expect("0 to 5 digits are right");
     for time in &times {
-        // It grows with its values, which is refused for none of 62 bits.
+        // It resizes itself for its values, which does not fail for values of 62 bits.
         let _ = histogram.record((*time).min(1 << 62));
     }
     let at = |quantile: f64| histogram.value_at_quantile(quantile);

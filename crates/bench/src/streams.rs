@@ -1,5 +1,5 @@
 //! Data streams: MIG_DATA_READ and MIG_DATA_WRITE by size. One operation is one chunk of a stream without an end, by messages
-//! and over the session's own socket (`data fd`), which is not asked again for each chunk.
+//! and over the session's own socket (`data fd`), which needs no request for each chunk.
 
 use anyhow::{Context, bail, ensure};
 use limosa_client::{Chunk, DataStream, Device, DeviceExt};

@@ -6,14 +6,14 @@ use serde::Serialize;
 
 use crate::Timing;
 
-/// One thing measured, with all who took part.
+/// One measured operation, with all contenders.
 #[derive(Clone, Debug, Serialize)]
 pub struct Figure {
     /// What was done.
     pub what: String,
     /// Bytes moved by one operation; 0 where time is what counts.
     pub bytes: u64,
-    /// The device first, the floor second where there is one, then whoever else could do it.
+    /// The device first, the floor second if there is one, then the other contenders.
     pub timings: Vec<Timing>,
 }
 

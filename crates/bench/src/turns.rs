@@ -1,4 +1,4 @@
-//! Times contenders in turns, so that what disturbs the machine disturbs all of them alike.
+//! Times contenders in turns, so that a disturbance of the machine affects all of them alike.
 
 use std::time::{Duration, Instant};
 
@@ -30,7 +30,7 @@ pub struct Timing {
     pub best_ns: u64,
     /// The median.
     pub p50_ns: u64,
-    /// One in a hundred was slower.
+    /// The 99th percentile.
     pub p99_ns: u64,
     /// How many were timed.
     pub operations: usize,
@@ -39,7 +39,7 @@ pub struct Timing {
 /// Turns that every contender gets; the first is not counted.
 const TURNS: u32 = 16;
 
-/// Turns that are counted however long an operation takes: the fewest that have a middle.
+/// The least number of turns, however long an operation takes: with three there is a median.
 const TURNS_MIN: u32 = 3;
 
 /// The most operations timed for each contender in one turn: bounds memory, not accuracy.
@@ -50,7 +50,7 @@ pub fn in_turns(contenders: &mut [Contender<'_>], each: Duration) -> anyhow::Res
     let mut samples = vec![Vec::new(); contenders.len()];
     let mut used = vec![Duration::ZERO; contenders.len()];
     for turn in 0..=TURNS {
-        // One whose operations are longer than its share of a turn is done before the others are.
+        // A contender whose operations take longer than its share of a turn finishes before the others.
         if turn > TURNS_MIN && used.iter().any(|used| *used >= each) {
             break;
         }

@@ -1,4 +1,4 @@
-//! [`Check`]: one named question to a device, and [`Outcome`], its answer.
+//! [`Check`]: one named test of a device, and [`Outcome`], its result.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -138,15 +138,15 @@ bitflags::bitflags! {
     }
 }
 
-/// The result of a check's body: `?` on a call to the device makes a failure of its refusal.
+/// The result of a check's body: `?` on a call to the device turns its refusal into a failure.
 pub(crate) type Verdict = Result<(), Stop>;
 
 /// Why a check's body ended early.
 #[derive(Debug)]
 pub(crate) enum Stop {
-    /// The device does not keep the clause.
+    /// The device violates the clause.
     Fail(String),
-    /// The question cannot be put to this device.
+    /// The check cannot be made on this device.
     Skip(String),
 }
 
@@ -163,7 +163,7 @@ impl Stop {
 impl From<Error> for Stop {
     fn from(error: Error) -> Stop {
         match error {
-            // Nothing was sent: this transport cannot say it.
+            // Nothing was sent: this transport cannot express it.
             Error::Usage { what, .. } => Stop::Skip(format!("the client does not send this: {what}")),
             error => Stop::Fail(error.to_string()),
         }
@@ -175,7 +175,7 @@ pub(crate) fn fail<T>(what: impl Into<String>) -> Result<T, Stop> {
     Err(Stop::Fail(what.into()))
 }
 
-/// A question that cannot be put.
+/// A check that cannot be made.
 pub(crate) fn skip<T>(why: impl Into<String>) -> Result<T, Stop> {
     Err(Stop::Skip(why.into()))
 }
@@ -189,7 +189,7 @@ pub(crate) fn ensure(holds: bool, what: impl FnOnce() -> String) -> Verdict {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "outcome", content = "detail", rename_all = "kebab-case")]
 pub enum Outcome {
-    /// The device keeps the clauses as far as this check sees.
+    /// The device complies with the clauses, as far as this check can tell.
     Pass,
     /// It failed: the expected and the actual result.
     Fail(String),
@@ -222,7 +222,7 @@ impl Outcome {
 
 pub(crate) type Body = Box<dyn Fn(&mut Trial) -> Verdict + Send + Sync>;
 
-/// One named question to a device.
+/// One named test of a device.
 pub struct Check {
     /// Its id: the family, a dot, the rest.
     pub id: Cow<'static, str>,
@@ -232,7 +232,7 @@ pub struct Check {
     pub clauses: Vec<&'static str>,
     /// Its requirements.
     pub needs: Needs,
-    /// Whether it may cost the device its state: data of another device, resets, DMA.
+    /// Whether it may destroy the device's state: by data of another device, resets, DMA.
     pub destructive: bool,
     pub(crate) body: Body,
 }
@@ -244,7 +244,7 @@ impl fmt::Debug for Check {
 }
 
 impl Check {
-    /// A check that leaves the device its state.
+    /// A check that preserves the device's state.
     pub(crate) fn new(
         family: Family,
         id: impl Into<Cow<'static, str>>,
@@ -257,7 +257,7 @@ impl Check {
         Check { id, family, clauses: clauses.to_vec(), needs, destructive: false, body: Box::new(body) }
     }
 
-    /// The same, as one that may cost the device its state.
+    /// The same for a check that may destroy the device's state.
     pub(crate) fn destructive(mut self) -> Check {
         self.destructive = true;
         self

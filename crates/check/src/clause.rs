@@ -32,14 +32,14 @@ impl fmt::Display for Document {
     }
 }
 
-/// One thing that a document asks of a device.
+/// A requirement of a document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Clause {
     /// Its id.
     pub id: &'static str,
     /// The document.
     pub document: Document,
-    /// Where in the document.
+    /// The place in the document.
     pub section: &'static str,
     /// The requirement, in our words.
     pub words: &'static str,

@@ -13,7 +13,7 @@ use crate::report::Report;
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Profile {
-    /// Whose claims these are.
+    /// The device that makes these claims.
     pub name: String,
     /// The migration flags that the device has to have, such as `STOP_COPY+PRE_COPY`.
     pub flags: Option<String>,
@@ -35,7 +35,7 @@ pub struct Excused {
     pub why: String,
 }
 
-/// Why a text is no profile.
+/// Why a text is not a profile.
 #[derive(Debug)]
 pub struct ProfileError(String);
 
@@ -48,7 +48,7 @@ impl std::fmt::Display for ProfileError {
 impl std::error::Error for ProfileError {}
 
 impl Profile {
-    /// Reads a profile, and checks that it names flags, features and checks that there are.
+    /// Reads a profile, and checks that the flags, features and checks that it names exist.
     pub fn parse(text: &str) -> Result<Profile, ProfileError> {
         let profile: Profile = serde_json::from_str(text).map_err(|error| ProfileError(error.to_string()))?;
         if let Some(flags) = &profile.flags {

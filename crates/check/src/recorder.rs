@@ -1,5 +1,5 @@
-//! [`Recorded`]: a device that writes down what it is asked and what it answers, so that a failure comes with the
-//! requests that led to it.
+//! [`Recorded`]: a device that records its requests and answers, so that a failure is reported with the requests that
+//! led to it.
 
 use std::collections::VecDeque;
 use std::fmt::Display;
@@ -14,7 +14,7 @@ use limosa_protocol::info::{DeviceInfo, IrqInfo};
 use limosa_protocol::{FeatureIndex, FeatureOp, State};
 use zerocopy::FromBytes;
 
-/// The most requests that are kept of one check.
+/// Limit on the requests that are kept of one check.
 const LINES_MAX: usize = 40;
 
 /// The requests of one check.
@@ -56,7 +56,7 @@ impl Record {
         left_out.into_iter().chain(lines.lines.iter().cloned()).chain(pending).collect()
     }
 
-    /// What was asked and has not been answered.
+    /// The requests that have no answer yet.
     pub fn pending(&self) -> Option<String> {
         self.lines().pending.last().cloned()
     }

@@ -65,7 +65,7 @@ impl Facts {
     }
 }
 
-/// Looks at a device in RUNNING, and leaves it there as far as it lets itself be driven.
+/// Examines a device in RUNNING, and returns it to RUNNING if it performs the arcs.
 pub(crate) fn survey(device: &dyn Device, target: &Target, limits: &Limits, until: Instant) -> Result<Facts> {
     let mut flags = FeatureMigration::default();
     let got = device.feature(&mut FeatureRequest {
@@ -130,7 +130,7 @@ pub(crate) fn survey(device: &dyn Device, target: &Target, limits: &Limits, unti
     Ok(facts)
 }
 
-/// Saves the device's state twice while it is stopped, if it lets itself be saved.
+/// Saves the device's state twice while it is stopped, if that is possible.
 fn sample(device: &dyn Device, facts: &mut Facts, limits: &Limits, until: Instant) {
     let _ = device.set_state(State::Stop);
     let one = || -> Option<Vec<u8>> {

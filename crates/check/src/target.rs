@@ -20,7 +20,7 @@ pub enum Transport {
 /// Opens the device.
 pub(crate) type Open = Arc<dyn Fn() -> Result<Box<dyn Device>> + Send + Sync>;
 
-/// Does something to the device by a way of the caller's.
+/// An action on the device that the caller provides.
 pub type Action = Arc<dyn Fn() -> std::result::Result<(), String> + Send + Sync>;
 
 /// The kernel's own view of the state: the text of `migration/state` in debugfs.

@@ -1,4 +1,4 @@
-//! [`Trial`]: what a check's body works with: the device, what is known of it, and the limits of every wait.
+//! [`Trial`]: the input of a check's body: the device, the facts about it, and the limit of every wait.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,7 +14,7 @@ use crate::target::{Open, Target};
 
 pub(crate) type Stream = Box<dyn DataStream>;
 
-/// What a check's body works with.
+/// The input of a check's body.
 pub(crate) struct Trial {
     pub device: Option<Arc<Recorded>>,
     pub facts: Arc<Facts>,
@@ -48,7 +48,7 @@ impl Trial {
         Ok(self.device()?.state()?)
     }
 
-    /// GET says this state.
+    /// Checks that GET returns this state.
     pub fn is(&self, state: State) -> Verdict {
         let found = self.state()?;
         ensure(found == state, || format!("GET MIG_DEVICE_STATE says {found}, expected {state}"))
@@ -92,7 +92,7 @@ impl Trial {
     }
 
     /// Reads what there is in a pre-copy state, until nothing is there for now or `bytes_max` bytes came.
-    /// Whether nothing is left is told too.
+    /// Also returns whether nothing is left.
     pub fn read_precopy(&self, stream: &mut Stream, bytes_max: u64) -> Result<(Vec<u8>, bool), Stop> {
         let mut all = Vec::new();
         let mut buffer = vec![0; 64 << 10];
@@ -172,7 +172,7 @@ pub(crate) fn read_to_end(
     }
 }
 
-/// The request is refused with one of these.
+/// Checks that the request is refused with one of these.
 pub(crate) fn refused<T>(answer: Result<T>, what: &str, with: &[Errno]) -> Verdict {
     let expected = || with.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ");
     match answer {
@@ -185,7 +185,7 @@ pub(crate) fn refused<T>(answer: Result<T>, what: &str, with: &[Errno]) -> Verdi
     }
 }
 
-/// The request is refused; with which errno is the device's choice.
+/// Checks that the request is refused; the errno is the device's choice.
 pub(crate) fn refused_somehow<T>(answer: Result<T>, what: &str) -> Verdict {
     match answer {
         Ok(_) => fail(format!("{what} succeeded, expected a refusal")),

@@ -3,7 +3,7 @@
 use limosa_protocol::{Errno, FeatureIndex, FeatureOp, State};
 use limosa_vfio_user::extension;
 
-/// A request and its answer, or something that is no request and that a reader of the trace has to know.
+/// A request and its answer, or another fact that a reader of the trace has to know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {
     /// When the request began, in nanoseconds since 1970 (UTC).
@@ -14,23 +14,23 @@ pub struct Event {
     pub pid: Option<u32>,
     /// The device or file that the request went to, for people.
     pub name: String,
-    /// Who asked whom.
+    /// The direction of the request.
     pub direction: Direction,
-    /// What was asked.
+    /// The request.
     pub request: Request,
-    /// Its arguments, for people. Nothing of a peer's is in it that is not printable.
+    /// Its arguments, for people. Characters of a peer that are not printable are escaped.
     pub arguments: String,
-    /// What came of it.
+    /// Its outcome.
     pub outcome: Outcome,
     /// Bytes of session data, region contents or guest memory that were transferred.
     pub bytes: u64,
-    /// The device of whose migration session these bytes are.
+    /// The device to whose migration session these bytes belong.
     pub session_of: Option<String>,
     /// The fds that went with the request, then those that came with the answer.
     pub fds: Vec<String>,
 }
 
-/// Who asked whom.
+/// The direction of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
     /// A VMM asked a device: every system call, and every vfio-user message of a client.
@@ -39,7 +39,7 @@ pub enum Direction {
     FromDevice,
 }
 
-/// What was asked.
+/// The request of an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     /// The FEATURE multiplexer.
@@ -55,7 +55,7 @@ pub enum Request {
     Named(&'static str),
     /// A message or an ioctl that has no name, with its number.
     Numbered(&'static str, u32),
-    /// Bytes that are no request.
+    /// Bytes that are not a request.
     Malformed,
     /// A remark about the trace itself.
     Note,
@@ -122,7 +122,7 @@ impl Transition {
     }
 }
 
-/// A text of somebody else's in which nothing does anything on a terminal.
+/// A text of another process, with everything escaped that could control a terminal.
 pub fn printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for letter in text.chars() {

@@ -10,19 +10,19 @@ use crate::seen::{Malformed, Message};
 pub const HEAD_BYTES_MAX: usize = 8192;
 /// The same for messages whose body is data: region contents, guest memory, session data.
 pub const DATA_HEAD_BYTES_MAX: usize = 64;
-/// The most bytes that are kept of bytes that are no message.
+/// Limit on the bytes that are kept of data that is not a message.
 pub const MALFORMED_BYTES_MAX: usize = 64;
 /// The most fds that are kept of one message: those that the kernel passes at once.
 pub const FDS_MAX: usize = 253;
 /// Limit on the size of a plausible message: the largest data that peers agree on, and a header.
 pub const MESSAGE_BYTES_MAX: u32 = DATA_XFER_BYTES_MAX + (64 << 10);
 
-/// What bytes turned out to be.
+/// The result of cutting bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Framed {
     /// A whole message.
     Message(Message),
-    /// No message. What follows is cut into messages only if it looks like one.
+    /// Bytes that are not a message. The following bytes are cut into messages only if they look like one.
     Malformed(Malformed),
 }
 
@@ -36,14 +36,14 @@ enum Position {
         got: Vec<u8>,
         began_ns: u64,
         fds: Vec<String>,
-        /// It follows a header whose size cannot be. Some servers go on behind that one.
+        /// The bytes follow a header with an impossible size. Some servers continue after such a header.
         is_doubtful: bool,
     },
     Body {
         message: Message,
         left: usize,
     },
-    /// No message begins at a place that is known.
+    /// The beginning of the next message is not known.
     Lost {
         bytes: u64,
     },
@@ -86,7 +86,7 @@ impl Framer {
         }
     }
 
-    /// Takes bytes that came, and the fds that came with them.
+    /// Accepts received bytes, and the fds that came with them.
     pub fn push(&mut self, time_ns: u64, mut bytes: &[u8], fds: Vec<String>, framed: &mut dyn FnMut(Framed)) {
         if bytes.is_empty() {
             return;
@@ -131,7 +131,7 @@ impl Framer {
         self.finish(time_ns, framed);
     }
 
-    /// The connection is over in this direction.
+    /// The connection has ended in this direction.
     pub fn end(&mut self, framed: &mut dyn FnMut(Framed)) {
         let malformed = match std::mem::replace(&mut self.0, Position::start()) {
             Position::Header { got, .. } if got.is_empty() => return,
@@ -173,7 +173,7 @@ impl Framer {
         fds.extend(more.into_iter().take(room));
     }
 
-    /// The header is whole.
+    /// The header is complete.
     fn header(&mut self, framed: &mut dyn FnMut(Framed)) {
         let Position::Header { got, began_ns, fds, is_doubtful } = &mut self.0 else { return };
         let Ok(header) = Header::read_from_bytes(got) else { return };
@@ -203,7 +203,7 @@ impl Framer {
         self.0 = Position::Body { message, left: body_bytes };
     }
 
-    /// Gives the message away if it is whole.
+    /// Returns the message if it is complete.
     fn finish(&mut self, time_ns: u64, framed: &mut dyn FnMut(Framed)) {
         if !matches!(&self.0, Position::Body { left: 0, .. }) {
             return;

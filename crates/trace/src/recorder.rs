@@ -1,4 +1,4 @@
-//! From sources to sinks, on a thread of its own: a source hands over what it saw, and goes on.
+//! Passes records from sources to sinks on a thread of its own, so that a source does not wait for sinks.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,7 @@ use crate::decode::Decoder;
 use crate::event::Event;
 use crate::seen::{Clock, Seen};
 
-/// How much may wait for the sinks. A source that sees more waits for them.
+/// Limit on the records that wait for the sinks. Beyond it, sources wait.
 const WAITING_MAX: usize = 1024;
 
 /// Where a trace goes.
@@ -18,17 +18,17 @@ pub trait Sink: Send {
     /// What it is, for messages: `trace.pcapng`, `standard output`.
     fn name(&self) -> String;
 
-    /// Takes what was seen, before it is decoded.
+    /// Receives a record before it is decoded.
     fn seen(&mut self, _: &Seen) -> io::Result<()> {
         Ok(())
     }
 
-    /// Takes a request with its answer.
+    /// Receives a request with its answer.
     fn event(&mut self, _: &Event) -> io::Result<()> {
         Ok(())
     }
 
-    /// Nothing else is there for now: what is buffered is to be written.
+    /// No further record waits at the moment: write what is buffered.
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
@@ -39,7 +39,7 @@ pub trait Sink: Send {
     }
 }
 
-/// A sink that failed. The trace goes on without it.
+/// A sink that failed. The trace continues without it.
 #[derive(Debug, thiserror::Error)]
 #[error("{name}: {error}")]
 pub struct Failure {
@@ -56,7 +56,7 @@ pub struct Recorder {
     thread: JoinHandle<Vec<Failure>>,
 }
 
-/// By what sources reach the recorder.
+/// The sources' end of the recorder.
 #[derive(Clone)]
 pub struct RecorderHandle {
     to: SyncSender<Order>,
@@ -95,14 +95,14 @@ impl Recorder {
         Ok(Recorder { handle: RecorderHandle { to, shared, clock }, thread })
     }
 
-    /// For sources.
+    /// The end for sources.
     pub fn handle(&self) -> RecorderHandle {
         self.handle.clone()
     }
 
-    /// The trace is over: what was recorded before is written. Returns the sinks that failed.
+    /// Ends the trace: everything that was recorded before is written. Returns the sinks that failed.
     pub fn finish(self) -> Vec<Failure> {
-        // If the thread is gone, it has panicked.
+        // A thread that is gone has panicked.
         let _ = self.handle.to.send(Order::End);
         self.thread.join().unwrap_or_else(|_| {
             let error = io::Error::other("the thread of the sinks panicked");
@@ -112,15 +112,15 @@ impl Recorder {
 }
 
 impl RecorderHandle {
-    /// Records what was seen. Waits while too much is still to be written.
+    /// Records something. Waits while too many records are still to be written.
     pub fn record(&self, seen: Seen) {
         if !self.is_deaf() {
-            // After the end of the trace nobody listens.
+            // After the end of the trace there is no receiver.
             let _ = self.to.send(Order::Seen(seen));
         }
     }
 
-    /// Whether no sink is left: what is recorded goes nowhere.
+    /// Whether no sink is left, so that records are lost.
     pub fn is_deaf(&self) -> bool {
         self.shared.is_deaf.load(Ordering::Relaxed)
     }
@@ -134,7 +134,7 @@ impl RecorderHandle {
         }
     }
 
-    /// The time of the trace.
+    /// The clock of the trace.
     pub fn now_ns(&self) -> u64 {
         self.clock.now_ns()
     }
@@ -169,7 +169,7 @@ impl Sinks {
         self.failures
     }
 
-    /// Gives something to each sink, and drops those that fail.
+    /// Passes something to each sink, and drops sinks that fail.
     fn each(&mut self, mut give: impl FnMut(&mut dyn Sink) -> io::Result<()>) {
         let mut at = 0;
         while let Some(sink) = self.sinks.get_mut(at) {

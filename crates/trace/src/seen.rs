@@ -1,4 +1,5 @@
-//! What a source saw, before it is decoded ([`Seen`]): whole messages with as much of them as is kept, and system calls.
+//! The records of a source before they are decoded ([`Seen`]): messages, each with the part of its body that is kept, and system
+//! calls.
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -7,7 +8,7 @@ use limosa_vfio_user::codec::Header;
 
 use crate::event::Direction;
 
-/// Something that a source saw. What it refers to by a conversation's number was opened before.
+/// A record of a source. A conversation whose number it has was opened before.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Seen {
     /// A vfio-user connection that was not seen before.
@@ -20,25 +21,25 @@ pub enum Seen {
         name: String,
         /// The process at its client's end, or the one that is traced.
         pid: Option<u32>,
-        /// Whether its first message is seen. If not, answers to requests may come that were not seen.
+        /// Whether the trace has its first message. If not, answers may come to requests that the trace does not have.
         is_whole: bool,
     },
     /// A whole message on a connection.
     Message {
         /// The connection.
         conversation: u32,
-        /// Its way.
+        /// Its direction.
         direction: Direction,
         /// The message.
         message: Message,
     },
-    /// Bytes on a connection that are no message.
+    /// Bytes on a connection that are not a message.
     Malformed {
         /// When, in nanoseconds since 1970.
         time_ns: u64,
         /// The connection.
         conversation: u32,
-        /// Their way.
+        /// Their direction.
         direction: Direction,
         /// The bytes.
         malformed: Malformed,
@@ -80,7 +81,7 @@ pub struct Message {
     pub fds: Vec<String>,
 }
 
-/// Bytes that are no message.
+/// Bytes that are not a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Malformed {
     /// What is wrong with them.
@@ -152,7 +153,7 @@ pub enum Action {
         offset: Option<u64>,
         /// Bytes that were asked for.
         bytes: u64,
-        /// The beginning of what came.
+        /// The beginning of the data.
         head: Vec<u8>,
     },
     /// write(2) or a call like it.
@@ -168,7 +169,7 @@ pub enum Action {
     Close,
 }
 
-/// The time of a trace: never goes back, and is the system's when the trace began.
+/// The clock of a trace: it begins with the system's time, and never goes back.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     began: Instant,

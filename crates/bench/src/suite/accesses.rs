@@ -1,4 +1,4 @@
-//! Region accesses, each beside its carrier: a bare request over a socket, or a bare system call on the same fd.
+//! Region accesses, each compared with its carrier: a bare request over a socket, or a bare system call on the same fd.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{MutexGuard, PoisonError};
@@ -29,12 +29,12 @@ pub(super) fn steps(context: &Context) -> Vec<Step> {
     }
 }
 
-/// The fd of a device of the kernel's.
+/// The fd of a kernel device.
 fn fd(context: &Context) -> Option<MutexGuard<'_, Option<OwnedFd>>> {
     Some(context.target.fd.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Closes that fd, so that nothing keeps the device open but the device.
+/// Closes that fd, so that only the device's own fd keeps it open.
 fn release(context: &Context) {
     if let Some(mut fd) = fd(context) {
         *fd = None;
@@ -99,7 +99,7 @@ fn write(context: &Context, id: &str) -> anyhow::Result<Measure> {
     measured
 }
 
-/// A floor of these sizes, where a socket lies between.
+/// A floor of these sizes, if the device is behind a socket.
 pub(super) fn floor(context: &Context, request: usize, reply: usize) -> anyhow::Result<Option<Floor>> {
     context.has_floor().then(|| Floor::start(request, reply)).transpose()
 }

@@ -41,7 +41,7 @@ pub(super) fn steps(context: &Context) -> Vec<Step> {
     steps
 }
 
-/// Every step of every path that a device with these flags has.
+/// Every arc of every path that a device with these flags supports.
 fn arcs(flags: MigrationFlags) -> Vec<(State, State)> {
     let pairs = STATES.into_iter().flat_map(|from| STATES.into_iter().map(move |to| (from, to)));
     let mut arcs: Vec<(State, State)> = pairs
@@ -57,7 +57,7 @@ fn arcs(flags: MigrationFlags) -> Vec<(State, State)> {
 fn one(context: &Context, id: &str, from: State, to: State) -> anyhow::Result<Measure> {
     context.sampler.run(id, None, || {
         let session = match from {
-            // Leaving it takes a whole state.
+            // Leaving it requires a complete state.
             State::Resuming => Some(loaded(context)?),
             _ => context.lead(from)?,
         };

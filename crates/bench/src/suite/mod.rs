@@ -32,7 +32,7 @@ pub type Open = Arc<dyn Fn() -> Result<Box<dyn Device>> + Send + Sync>;
 /// The device to measure.
 #[derive(Clone)]
 pub struct Target {
-    /// How the user named it.
+    /// The name that the user gave.
     pub name: String,
     /// Opens it, as often as that is needed.
     pub open: Open,
@@ -50,7 +50,7 @@ pub struct Target {
 pub struct Options {
     /// The share of each measure.
     pub each: Duration,
-    /// How much longer a measure may take before it is given up.
+    /// The time beyond its share after which a measure is given up.
     pub limit: Duration,
     /// Set by the caller to end the run.
     pub cancel: Arc<AtomicBool>,
@@ -104,7 +104,7 @@ impl Context {
     pub fn lead(&self, to: State) -> Result<Option<Box<dyn DataStream>>> {
         let at = self.device.state()?;
         if at == State::Resuming {
-            // The load may be incomplete, and then no arc leads out.
+            // The load may be incomplete, and then no arc leaves RESUMING.
             self.device.reset()?;
         } else if fsm::path(self.flags, at, to).is_err() {
             self.device.set_state(State::Running)?;
@@ -145,7 +145,7 @@ impl Step {
     }
 }
 
-/// Measures everything that the device allows. An error only if it cannot be opened or does not answer at all.
+/// Measures everything that the device supports. Fails only if the device cannot be opened or does not answer at all.
 pub fn measure(target: &Target, options: &Options, tell: &mut dyn FnMut(Event<'_>)) -> anyhow::Result<Run> {
     let each = if target.in_use { options.each.min(IN_USE_MAX) } else { options.each };
     let mut suite = Suite::new(target, options, each);

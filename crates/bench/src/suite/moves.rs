@@ -1,4 +1,4 @@
-//! Whole moves to a second device and back, by the engine: how long each takes, and how long nothing runs.
+//! Whole moves to a second device and back, by the engine: how long each takes, and its downtime.
 
 use std::time::{Duration, Instant};
 
@@ -13,8 +13,8 @@ use crate::samples::{Took, measure};
 
 pub(super) const ID: &str = "move";
 
-/// How long nothing may run in a move, and how much longer than others the measure may take: a move that is given up is undone
-/// before that.
+/// Limit on the downtime of a move, and the additional time that this measure may take: a move that is given up is undone within
+/// that time.
 const STANDSTILL_MAX: Duration = Duration::from_secs(20);
 const MOVE_MAX: Duration = Duration::from_secs(180);
 
@@ -32,11 +32,11 @@ fn there_and_back(context: &Context, peer: &Open) -> anyhow::Result<Vec<Measure>
         downtimes.extend(report.downtime_ns);
         Ok(Took { time: Duration::from_nanos(report.total_ns), bytes: report.bytes.device_bytes })
     });
-    // The state comes back, whatever became of the last move.
+    // The state is restored, whatever the outcome of the last move.
     let is_back = come_back(here, there, is_here);
     let mut measured = measured?;
     is_back?;
-    // Its time says how long it took, its bytes how much was moved; a rate would be that of the handshake too.
+    // The time and the bytes are shown separately; a rate would include the handshake.
     measured.note.get_or_insert_with(|| format!("{} bytes in each", measured.bytes));
     measured.bytes = 0;
     Ok(vec![measured, measure("downtime of a move".into(), 0, downtimes)])

@@ -1,4 +1,4 @@
-//! Reports of the device's own dirty log at 4 KiB pages, by span and by density. Of most devices the density is that of the pages which
+//! Reports of the device's own dirty log at 4 KiB pages, by span and by density. For most devices the density is that of the pages that
 //! they happen to write, and is noted. Limosa's synthetic device writes a chosen number of pages.
 
 use std::os::fd::AsFd;
@@ -17,7 +17,7 @@ use crate::cases::{HEADER, PAGE_BYTES, REPORT};
 use crate::document::Measure;
 use crate::samples::timed;
 
-/// Spans in bytes, and how they are called.
+/// Spans in bytes, and their names.
 const SPANS: [(u64, &str); 3] = [(16 << 20, "16 MiB"), (1 << 30, "1 GiB"), (64 << 30, "64 GiB")];
 
 /// The span whose pages the synthetic device writes, and the shares of it, in hundredths.
@@ -27,7 +27,7 @@ const DENSITIES: [u64; 3] = [1, 10, 100];
 /// The IDENT register of the synthetic device.
 const IDENT: &[u8; 8] = b"LIMOSASY";
 
-/// The most that it may take to write them.
+/// How long it may take to write them.
 const WRITE_MAX: Duration = Duration::from_secs(5);
 
 pub(super) fn steps(context: &Context) -> Vec<Step> {
@@ -39,7 +39,7 @@ pub(super) fn steps(context: &Context) -> Vec<Step> {
         .collect();
     let mut ident = [0; 8];
     let read = context.device.region_read(REGISTERS_REGION, registers::IDENT, &mut ident);
-    // It writes memory that is mapped, which is only done behind a socket.
+    // It writes to mapped memory, which the bench maps only for a device behind a socket.
     if context.has_floor() && read.is_ok() && ident == *IDENT {
         let (span, name) = WRITTEN;
         steps.extend(DENSITIES.map(|percent| {
@@ -53,7 +53,7 @@ pub(super) fn steps(context: &Context) -> Vec<Step> {
 /// A report with memory behind the span, where that is needed.
 fn mapped(context: &Context, id: &str, span: u64, percent: u64) -> anyhow::Result<Measure> {
     if !context.has_floor() {
-        // The kernel wants no mapping to log, so none is made, and no memory pinned.
+        // The kernel needs no mapping for a log, so no memory is mapped and pinned.
         return logged(context, id, span, percent);
     }
     let memory = memfd_create("limosa-bench", MemfdFlags::CLOEXEC).context("cannot make guest memory")?;

@@ -11,7 +11,7 @@ use super::{CHUNK_BYTES, Context, Options, Step, Target, moves};
 use crate::document::{Measure, Skipped};
 use crate::samples::Sampler;
 
-/// The most state that is kept to be loaded again, in bytes.
+/// Limit on the state that is kept to be loaded again, in bytes.
 const STATE_BYTES_MAX: usize = 1 << 30;
 
 /// The run ends after this many measures in a row without an answer.
@@ -59,7 +59,7 @@ fn save(context: &Context, until: Instant) -> anyhow::Result<Vec<u8>> {
     Ok(saved)
 }
 
-/// Loads a state into a device, which is in STOP then.
+/// Loads a state into a device, and leaves it in STOP.
 fn load(context: &Context, saved: &[u8], chunk_bytes: usize) -> Result<()> {
     let mut stream = context.open(State::Resuming)?;
     saved.chunks(chunk_bytes).try_for_each(|chunk| stream.write(chunk))?;
@@ -110,7 +110,7 @@ impl Suite {
         }
     }
 
-    /// Lets go of a connection that is lost.
+    /// Drops a lost connection.
     fn lost(&mut self, error: &anyhow::Error) {
         let client = error.chain().find_map(|cause| cause.downcast_ref::<Error>());
         if client.is_some_and(Error::is_connection_lost) {
@@ -224,7 +224,7 @@ impl Suite {
         measured
     }
 
-    /// Leads the device to RUNNING, opened anew where that is needed.
+    /// Brings the device to RUNNING, and opens it again if necessary.
     fn bring_back(&mut self, known: &Known) {
         let (has_migration, has_logging) =
             (!known.flags.is_empty(), known.has_logging && !self.target.in_use);
@@ -235,7 +235,7 @@ impl Suite {
                 return self.end(format!("the device cannot be opened any more: {error:#}"));
             }
             let done = self.within("bringing the device back", Duration::ZERO, move |context| {
-                // No arc leads out of a load that is not complete.
+                // No arc leaves RESUMING after an incomplete load.
                 if has_migration && context.device.state()? == State::Resuming {
                     context.device.reset()?;
                 }
@@ -251,7 +251,7 @@ impl Suite {
         }
     }
 
-    /// Gives the device its state back. Returns the state in which it is left.
+    /// Restores the device's state. Returns the migration state in which it is left.
     pub fn leave(&mut self, known: &Known) -> String {
         if known.flags.is_empty() {
             return "its only state: it has no migration".into();

@@ -1,5 +1,5 @@
 //! Data streams by phase and by the size of a chunk: pre-copy and stop-copy out, resuming in. One operation is one chunk, so that
-//! a device with much state keeps to its share.
+//! a device with much state does not exceed its share.
 
 use anyhow::{Context as _, bail};
 use limosa_client::{Chunk, DataStream, DeviceExt};

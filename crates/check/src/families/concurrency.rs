@@ -1,4 +1,4 @@
-//! Several threads at once: requests on one device are answered one by one, each by itself.
+//! Several threads at once: requests on one device are answered one by one, independently of each other.
 
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -37,7 +37,7 @@ pub(super) fn checks() -> Vec<Check> {
     ]
 }
 
-/// Drives the device while another thread asks.
+/// Drives the device while another thread queries it.
 fn beside(t: &Trial, ask: impl Fn(&Trial) -> Verdict + Sync, drive: impl Fn(&Trial) -> Verdict) -> Verdict {
     let (done, begun) = (AtomicBool::new(false), Barrier::new(2));
     std::thread::scope(|scope| {
@@ -145,7 +145,7 @@ fn read_while_stopped(t: &mut Trial) -> Verdict {
     })
 }
 
-/// One thread reads, the other ends the session: the reader is told.
+/// One thread reads, the other ends the session: the reader gets an answer.
 fn interrupted(t: &mut Trial, end: impl Fn(&Trial) -> Verdict) -> Verdict {
     let mut stream = t.session(State::PreCopy)?;
     let until = t.until;

@@ -1,4 +1,4 @@
-//! Regions, interrupts and what the device says of itself (`vfio.h: VFIO_DEVICE_GET_INFO`,
+//! Regions, interrupts and the information about the device (`vfio.h: VFIO_DEVICE_GET_INFO`,
 //! `VFIO_DEVICE_GET_REGION_INFO`, `VFIO_DEVICE_GET_IRQ_INFO`, `VFIO_DEVICE_SET_IRQS`).
 
 use limosa_client::{Device, Error, IrqAction};
@@ -101,7 +101,7 @@ fn beyond(t: &mut Trial, write: bool) -> Verdict {
             false => device.region_read(index, offset, &mut [0; 4]),
         };
         match (answer, t.facts.transport) {
-            // The kernel's read(2) has an end, and an offset has as many bits as it has.
+            // read(2) of the kernel has a limit, and offsets have a limited number of bits.
             (Err(Error::Os { .. } | Error::Usage { .. }), _) => {}
             (answer, _) => {
                 let access = if write { "a write" } else { "a read" };

@@ -7,7 +7,7 @@ use super::session::stale;
 use crate::check::{Check, Family, Needs, Verdict, ensure, skip};
 use crate::trial::{Trial, refused, refused_somehow};
 
-/// Brings the device into ERROR by the caller's way.
+/// Brings the device into ERROR by the caller's action.
 pub(super) fn break_device(t: &Trial) -> Verdict {
     let Some(action) = &t.target.breaks else {
         return skip("no way to bring the device into ERROR was named");

@@ -15,7 +15,7 @@ const PROBE: FeatureOp = FeatureOp::PROBE;
 /// An index that no document assigns.
 const UNKNOWN: FeatureIndex = FeatureIndex(0x7ff3);
 
-/// What the kernel answers to a feature that is not there: EINVAL where the driver has no features at all.
+/// The kernel's answer to a missing feature: EINVAL where the driver has no features at all.
 const NOT_THERE: [Errno; 2] = [Errno::ENOTTY, Errno::EINVAL];
 
 fn ask(t: &Trial, index: FeatureIndex, op: FeatureOp, payload: &mut [u8]) -> Result<FeatureReply> {
@@ -131,7 +131,7 @@ pub(super) fn checks() -> Vec<Check> {
     checks
 }
 
-/// SET of numbers that are no states.
+/// SET of numbers that are not states.
 fn numbers() -> impl Iterator<Item = Check> {
     [8u32, 9, 255, 256, 1 << 16, 1 << 31, u32::MAX].into_iter().map(|number| {
         let clauses = &["state.unknown"];
@@ -144,12 +144,12 @@ fn numbers() -> impl Iterator<Item = Check> {
     })
 }
 
-/// A name as ids have it.
+/// A name in the form of ids.
 fn id_of(index: FeatureIndex) -> String {
     index.to_string().to_lowercase().replace('_', "-")
 }
 
-/// Payloads that lack their last byte, and all of them.
+/// Payloads that lack their last byte, or all bytes.
 fn short_payloads() -> Vec<Check> {
     let state = FeatureMigState::new(State::Stop);
     let whole = [
@@ -176,7 +176,7 @@ fn short_payloads() -> Vec<Check> {
     checks
 }
 
-/// Operations that a feature does not have, asked and probed.
+/// Operations that a feature does not have, requested and probed.
 fn operations() -> Vec<Check> {
     let wrong = [
         (FeatureIndex::MIGRATION, SET, Needs::MIGRATION),

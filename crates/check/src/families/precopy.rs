@@ -8,7 +8,7 @@ use super::session::{needs_of, stale};
 use crate::check::{Check, Family, Needs, Verdict, ensure, fail, skip};
 use crate::trial::{Trial, refused, refused_somehow};
 
-/// What is read in pre-copy before a check goes on, in bytes.
+/// Bytes that are read in pre-copy before a check continues.
 const SOME: u64 = 1 << 20;
 
 pub(super) fn checks() -> Vec<Check> {

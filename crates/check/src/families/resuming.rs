@@ -124,7 +124,7 @@ fn in_pieces(t: &mut Trial, piece: usize) -> Verdict {
     t.go(State::Running).map(drop)
 }
 
-/// Bytes that are no device's state.
+/// Bytes that are not the state of any device.
 fn noise(bytes: usize) -> Vec<u8> {
     let mut word = 0x9e37_79b9_7f4a_7c15u64;
     let next = || {
@@ -136,7 +136,7 @@ fn noise(bytes: usize) -> Vec<u8> {
     std::iter::repeat_with(next).take(bytes).collect()
 }
 
-/// What became of a load.
+/// The outcome of a load.
 enum Loaded {
     /// A write was refused.
     AtWrite,
@@ -194,7 +194,7 @@ fn bad(t: &mut Trial, change: fn(&[u8]) -> Vec<u8>) -> Verdict {
     }
 }
 
-/// A device need not find a bit that flipped, but has to survive it.
+/// A device need not detect a flipped bit, but has to survive it.
 fn altered(t: &mut Trial, at: fn(usize) -> usize) -> Verdict {
     let sample = t.sample()?;
     let mut data = sample.to_vec();
@@ -204,7 +204,7 @@ fn altered(t: &mut Trial, at: fn(usize) -> usize) -> Verdict {
     t.go(State::Running).map(drop)
 }
 
-/// Far more data than the device has, without end.
+/// Far more data than the device has.
 fn endless(t: &mut Trial) -> Verdict {
     let sample = t.sample()?;
     let most = (sample.len() as u64).saturating_mul(4).clamp(1 << 20, t.limits.sample_bytes_max);

@@ -164,7 +164,7 @@ fn id_of(state: State) -> String {
     state.name().to_lowercase()
 }
 
-/// The flags without which a state is not there.
+/// The flags that a state requires.
 pub(super) fn needs_of(state: State) -> Needs {
     match state {
         State::RunningP2p => Needs::MIGRATION | Needs::P2P,
@@ -174,7 +174,7 @@ pub(super) fn needs_of(state: State) -> Needs {
     }
 }
 
-/// A stream whose session has ended answers ENODEV.
+/// Checks that a stream whose session has ended answers ENODEV.
 pub(super) fn stale(stream: &mut Stream, why: &str) -> Verdict {
     let what = format!("a read of the old data stream after {why}");
     refused(stream.read(&mut [0; 16]).map(drop), &what, &[Errno::ENODEV])

@@ -1,4 +1,4 @@
-//! Estimates of the data's size against what came (`vfio.h: VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`).
+//! Estimates of the data's size compared with the actual size (`vfio.h: VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`).
 
 use limosa_client::DeviceExt;
 use limosa_protocol::State;
@@ -7,7 +7,7 @@ use super::session::needs_of;
 use crate::check::{Check, Family, Needs, Verdict, ensure, fail};
 use crate::trial::Trial;
 
-/// An estimate may be this many times off, and these bytes beside.
+/// An estimate may be wrong by this factor, and by this number of bytes in addition.
 const TIMES: u64 = 4;
 const BESIDE: u64 = 64 << 10;
 
@@ -44,7 +44,7 @@ pub(super) fn checks() -> Vec<Check> {
     checks
 }
 
-/// The estimate of a state against what STOP_COPY gives.
+/// The estimate for a state compared with the data of STOP_COPY.
 fn about(t: &mut Trial, state: State) -> Verdict {
     t.go(state)?;
     let Some(estimate) = t.device()?.mig_data_size()? else {

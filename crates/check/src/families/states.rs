@@ -116,7 +116,7 @@ fn transition(t: &mut Trial, from: State, to: State) -> Verdict {
     Ok(())
 }
 
-/// What a migration does, arc by arc.
+/// The arcs of a migration, one by one.
 fn walks() -> Vec<Check> {
     use State::*;
     let p2p = Needs::MIGRATION | Needs::P2P;

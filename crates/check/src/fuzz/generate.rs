@@ -5,7 +5,7 @@ use limosa_protocol::{FeatureIndex, FeatureOp, State};
 use super::request::{Request, Script};
 use crate::survey::LOGGED;
 
-/// SplitMix64: the same numbers for a seed on every machine.
+/// SplitMix64: a seed gives the same numbers on every machine.
 pub(super) struct Random(u64);
 
 impl Random {
@@ -72,7 +72,7 @@ fn driving(random: &mut Random) -> Request {
     }
 }
 
-/// What leaves the device as it is.
+/// A request that does not change the device.
 fn looking(random: &mut Random) -> Request {
     match random.below(4) {
         0 | 1 => Request::GetState,

@@ -1,4 +1,4 @@
-//! An answer held to what the model expects, and a difference's signature.
+//! An answer compared with the model's expectation, and the signature of a difference.
 
 use limosa_client::{Error, Result};
 use limosa_protocol::Errno;
@@ -9,30 +9,30 @@ use super::request::Request;
 /// Where a device and the model differ.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Differs {
-    /// What tells this difference from others: the request, the state it met, what came and what was expected.
+    /// The key of this difference: the request, the state in which it came, the actual and the expected answer.
     pub signature: String,
 }
 
-/// What an answer is held to.
+/// The expected answer.
 pub(super) enum Expected {
     Done,
     Refused,
     With(Errno),
-    /// A refusal of a session that has ended. A stream that is used in the wrong direction may be told so first: the kernel does
-    /// before it asks the driver.
+    /// A refusal of a session that has ended. A stream that is used in the wrong direction may be refused for that reason first:
+    /// the kernel checks the direction before it calls the driver.
     Ended {
         is_wrong_way: bool,
     },
     Anything,
 }
 
-/// An errno's name without its words.
+/// The name of an errno without its description.
 fn name(errno: Errno) -> String {
     errno.to_string().split(' ').next().unwrap_or_default().to_owned()
 }
 
 impl Driver {
-    /// What a request met, as far as a difference depends on it.
+    /// The state in which a request came, as far as a difference depends on it.
     fn met(&self, request: &Request) -> String {
         let is_of_log = matches!(request, Request::LogStart(..) | Request::LogStop | Request::LogReport(..));
         match self.logging {
@@ -49,7 +49,7 @@ impl Driver {
         Differs { signature: format!("{} {met}: {got}, expected {expected}", request.kind()) }
     }
 
-    /// Holds an answer to what is expected.
+    /// Compares an answer with the expected one.
     pub(super) fn judge<T>(
         &self,
         request: &Request,

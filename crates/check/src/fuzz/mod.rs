@@ -30,13 +30,13 @@ use model::Driver;
 pub struct FuzzOptions {
     /// How many sequences, each of up to 48 requests.
     pub sequences: u64,
-    /// The seed: the same sequences for the same one.
+    /// The seed, which determines the sequences.
     pub seed: u64,
-    /// Threads: the first drives the device, the others look on. 1 to 16.
+    /// Threads: the first drives the device, the others only query it. 1 to 16.
     pub threads: usize,
     /// Signatures of known differences, which are not reported again.
     pub known: BTreeSet<String>,
-    /// The bounds: a sequence has as long as a check.
+    /// The limits. A sequence has the time limit of a check.
     pub limits: Limits,
     /// Set by the caller to end before the next sequence.
     pub cancel: Option<Arc<AtomicBool>>,
@@ -199,7 +199,7 @@ impl Player {
         let (record, facts, script) = (Arc::clone(&device.record), Arc::clone(&self.facts), script.clone());
         let (migration, logging) = (facts.has.contains(Needs::MIGRATION), facts.has.contains(Needs::LOGGING));
         let kept = Arc::clone(&device);
-        // A thread that hangs keeps the device: then it is opened anew.
+        // A hanging thread keeps the device: then it is opened again.
         self.device = None;
         let done = within(self.limits.check + GRACE, move || {
             let found = threads(&device, &facts, &script);

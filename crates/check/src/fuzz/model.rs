@@ -1,4 +1,4 @@
-//! [`Driver`]: plays requests on a device and holds its answers to a model of the standard (`vfio.h: enum
+//! [`Driver`]: plays requests on a device, and compares its answers with a model of the standard (`vfio.h: enum
 //! vfio_device_mig_state`, `limosa_protocol::fsm`).
 
 use std::sync::Arc;
@@ -21,13 +21,13 @@ struct Session {
     loads: bool,
 }
 
-/// A data stream, and whose it is.
+/// A data stream, and its session.
 struct Held {
     stream: Stream,
     session: Session,
-    /// It has given its end.
+    /// Its end was read.
     ended: bool,
-    /// A write was refused. What a client does with further ones is its own: the kernel's sends none.
+    /// A write was refused. Clients differ in how they handle further writes: the client of kernel devices sends none.
     refused: bool,
 }
 
@@ -35,7 +35,7 @@ struct Held {
 pub(super) struct Driver {
     device: Arc<Recorded>,
     facts: Arc<Facts>,
-    /// The model follows the state: this is the thread that drives.
+    /// Whether this thread drives the device. Only then does the model track the state.
     pub(super) drives: bool,
     pub(super) state: State,
     session: Option<Session>,
@@ -44,7 +44,7 @@ pub(super) struct Driver {
     older: Option<Held>,
     /// Bytes of the sample that were written, in order.
     written: usize,
-    /// Something else was written, or refused.
+    /// Other data was written, or a write was refused.
     junk: bool,
     /// Whether the log is on, where that is known.
     pub(super) logging: Option<bool>,
@@ -204,7 +204,7 @@ impl Driver {
         Ok(())
     }
 
-    /// A load that was not taken: the device is on the path, or in ERROR, and GET tells where.
+    /// A load that was refused: the device is in a state on the path or in ERROR, and GET returns which.
     fn failed(&mut self, request: &Request, path: &[State]) -> std::result::Result<(), Differs> {
         match self.judge(request, self.device.state(), Expected::Done)? {
             Some(found) if found == self.state || found == State::Error || path.contains(&found) => {

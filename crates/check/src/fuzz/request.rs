@@ -8,7 +8,7 @@ use limosa_protocol::State;
 /// One request of a sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Request {
-    /// SET of a state, or of a number that is none.
+    /// SET of a state, or of a number that is not a state.
     SetState(u32),
     GetState,
     Reset,
@@ -18,7 +18,7 @@ pub(super) enum Request {
     OldRead(usize),
     /// The next bytes of the device's own state.
     WriteState(usize),
-    /// Bytes that are no state.
+    /// Bytes that are not a valid state.
     WriteJunk(usize),
     /// The newest data stream is closed.
     Drop,
@@ -34,7 +34,7 @@ pub(super) enum Request {
 }
 
 impl Request {
-    /// Its name, for a signature: what it is about without sizes.
+    /// Its name, for a signature: the request without sizes.
     pub fn kind(&self) -> String {
         match self {
             Request::SetState(_) => self.to_string(),
@@ -133,7 +133,7 @@ impl FromStr for Request {
     }
 }
 
-/// A sequence of requests, each of one thread. Thread 0 drives the device; the others look on.
+/// A sequence of requests, each of one thread. Thread 0 drives the device; the others only query it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Script(pub(super) Vec<(usize, Request)>);
 

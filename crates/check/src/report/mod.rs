@@ -43,7 +43,7 @@ fn milliseconds_as_ns<S: Serializer>(milliseconds: &f64, to: S) -> Result<S::Ok,
     seconds_as_ns(&(milliseconds / 1e3), to)
 }
 
-/// How many checks came out how.
+/// The number of checks by outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Passed.
@@ -75,12 +75,12 @@ pub struct Report {
     pub seconds: f64,
     /// Why the suite ended before its last check, if it did.
     pub ended_early: Option<String>,
-    /// In which state the device was left.
+    /// The state in which the device was left.
     pub left_in: String,
 }
 
 impl Report {
-    /// How many checks came out how.
+    /// The number of checks by outcome.
     pub fn counts(&self) -> Counts {
         let mut counts = Counts::default();
         for check in &self.checks {
@@ -99,7 +99,7 @@ impl Report {
         self.checks.iter().filter(|check| matches!(check.outcome, Outcome::Fail(_)))
     }
 
-    /// Whether a check of this run passed or failed that comes from this clause.
+    /// Whether a check of this clause passed or failed in this run.
     fn decides(&self, clause: &str) -> bool {
         self.checks.iter().any(|check| {
             check.clauses.iter().any(|cited| cited == clause)
@@ -107,8 +107,8 @@ impl Report {
         })
     }
 
-    /// The clauses that no check of this run passed or failed, with the reason. Those of vfio-user are not meant where nothing of
-    /// that family was run.
+    /// The clauses for which no check passed or failed in this run, with the reason. Clauses of vfio-user are left out if no
+    /// check of that family was run.
     pub fn unchecked_clauses(&self) -> Vec<(&'static str, String)> {
         let has_wire = self.checks.iter().any(|check| check.family == Family::VfioUser);
         let checks = families::checks();

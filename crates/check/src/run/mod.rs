@@ -55,7 +55,7 @@ pub struct Options {
     pub families: Vec<Family>,
     /// These checks, by id or by a prefix that ends with a dot; all of them if empty.
     pub only: Vec<String>,
-    /// Checks that may cost the device its state run too.
+    /// Whether checks that may destroy the device's state run too.
     pub destructive: bool,
     /// The bounds.
     pub limits: Limits,
@@ -72,7 +72,7 @@ impl Options {
             && (self.only.is_empty() || self.only.iter().any(named))
     }
 
-    /// The same on a device that is reached in this way. Without being asked for, the family vfio-user is none of a kernel device's.
+    /// The same for a device with this transport: on a kernel device the family vfio-user runs only if it is asked for.
     fn selects_on(&self, check: &Check, transport: Transport) -> bool {
         let is_named = !self.families.is_empty() || !self.only.is_empty();
         self.selects(check)

@@ -12,11 +12,11 @@ use crate::check::Needs;
 use crate::recorder::Recorded;
 use crate::survey::Facts;
 
-/// How long a server that has ended has to be started again by its supervisor, and how often it is looked for.
+/// The time that a supervisor has to restart a server that has ended, and the interval between the attempts to connect.
 pub(crate) const RESTART: Duration = Duration::from_secs(2);
 pub(crate) const RETRY: Duration = Duration::from_millis(20);
 
-/// Whether an error says that nobody is there.
+/// Whether an error means that no server is there.
 fn is_gone(error: &Error) -> bool {
     matches!(error, Error::Disconnected { .. } | Error::Os { errno: Errno::ENOENT | Errno::ECONNREFUSED, .. })
 }
@@ -49,7 +49,7 @@ impl Suite {
         Ok(())
     }
 
-    /// The device runs, or may be reset.
+    /// Checks that the device runs, or may be reset.
     pub(super) fn begin(&mut self, destructive: bool) -> Result<()> {
         let Some(device) = self.device.clone() else { return Ok(()) };
         let asked = device.clone();
@@ -77,8 +77,8 @@ impl Suite {
         }
     }
 
-    /// Brings the device back to RUNNING: by arcs, by a reset, opened anew and by a reset. A suite whose device cannot be
-    /// brought back ends.
+    /// Brings the device back to RUNNING: by arcs, else by a reset, else by opening it again and a reset. If all of these fail, the
+    /// suite ends.
     pub(super) fn restore(&mut self, has_migration: bool, has_logging: bool) {
         for attempt in 0..2 {
             if self.device.is_none()
@@ -154,7 +154,7 @@ impl Suite {
     }
 }
 
-/// Logging off and RUNNING, whatever came before: by arcs, else by a reset.
+/// Turns logging off and brings the device to RUNNING from any state: by arcs, else by a reset.
 pub fn back(device: &dyn Device, has_migration: bool, has_logging: bool) -> Result<()> {
     if has_logging {
         match device.dma_logging_stop() {

@@ -78,7 +78,7 @@ impl Suite {
         let mut outcome = outcome;
         if ran && self.ended.is_none() {
             self.restore(facts.has.contains(Needs::MIGRATION), facts.has.contains(Needs::LOGGING));
-            // What the check did has no way back.
+            // The check passed, but the device cannot be brought back from it.
             if let (Some(end), Outcome::Pass) = (&self.ended, &outcome) {
                 outcome = Outcome::Fail(end.why.clone());
             }
@@ -129,9 +129,9 @@ impl Suite {
                 let request = self.record.pending().unwrap_or_else(|| "a request".into());
                 let limit = self.limits.check + GRACE;
                 let what = format!("no answer to `{request}` within {limit:?}");
-                // The thread holds the device: it is opened anew, if it can be.
+                // The thread keeps the device: it is opened again, if possible.
                 self.device = None;
-                // The thread that hangs goes on to write to the old record.
+                // The hanging thread keeps writing to the old record.
                 let kept: Arc<Record> = Arc::default();
                 for line in self.record.text() {
                     kept.note(&line, "");
@@ -143,7 +143,7 @@ impl Suite {
         }
     }
 
-    /// Counts a check that had no answer; after several in a row the suite ends.
+    /// Counts a check that got no answer; after several in a row the suite ends.
     pub(super) fn count_silence(&mut self, id: &str) {
         self.silent += 1;
         if self.silent >= self.limits.silent_max {

@@ -21,7 +21,7 @@ pub fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Sen
     let (send, receive) = mpsc::sync_channel(1);
     let run = move || {
         let done = catch_unwind(AssertUnwindSafe(work));
-        // Nobody listens any more if it came too late.
+        // If this is too late, the receiver is gone.
         let _ = send.send(done);
     };
     if let Err(error) = std::thread::Builder::new().name("check".into()).spawn(run) {

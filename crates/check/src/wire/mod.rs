@@ -1,5 +1,5 @@
 //! [`Wire`]: a raw connection to a vfio-user server, as bytes and fds (`vfio-user.rst: Socket`). The checks of the family
-//! `vfio-user` send over it what no client sends.
+//! `vfio-user` use it to send messages that no client sends.
 
 mod raw;
 mod socket;

@@ -1,5 +1,5 @@
-//! [`Raw`]: a client of a check's own making on a [`Wire`] (`vfio-user.rst: Header, Commands`). It sends what it is told,
-//! and holds what comes back to the rules of replies.
+//! [`Raw`]: the client of a check on a [`Wire`] (`vfio-user.rst: Header, Commands`). It sends the messages that it is given,
+//! and checks replies against the rules for replies.
 
 use std::io::ErrorKind;
 use std::os::fd::BorrowedFd;
@@ -19,9 +19,9 @@ use crate::recorder::Record;
 use crate::run::{RESTART, RETRY};
 use crate::trial::Trial;
 
-/// The longest reply that is taken, in bytes.
+/// The longest accepted reply, in bytes.
 const REPLY_BYTES_MAX: usize = 64 << 20;
-/// The most commands of the server's that are answered while a reply is waited for.
+/// Limit on the server's commands that are answered while waiting for a reply.
 const COMMANDS_MAX: usize = 1024;
 
 /// A message that is to be sent.
@@ -43,7 +43,7 @@ impl Message {
     }
 }
 
-/// What became of a command.
+/// The outcome of a command.
 #[derive(Debug)]
 pub(crate) enum Answer {
     Reply(Body),
@@ -105,7 +105,7 @@ impl Answer {
         }
     }
 
-    /// Replied to or refused, and the connection goes on.
+    /// Replied to or refused, and the connection stays open.
     pub fn answered(self, what: &str) -> Verdict {
         match self {
             Answer::Closed => {
@@ -133,7 +133,7 @@ pub(crate) struct Raw {
     next_id: u16,
     received: Vec<u8>,
     fds: Vec<ForeignFd>,
-    /// What the server said in its VERSION.
+    /// The server's VERSION.
     pub server: Capabilities,
 }
 
@@ -143,7 +143,7 @@ fn gone(error: &std::io::Error) -> bool {
 }
 
 impl Raw {
-    /// A connection on which nothing was said.
+    /// A connection on which nothing was sent.
     pub fn dial(t: &Trial, prefix: &'static str) -> Result<Raw, Stop> {
         let Some(dial) = &t.target.dial else { return skip("the device is not behind a socket") };
         // The client before this check is gone, and a server may end with its client. Within a check it may not.
@@ -180,8 +180,8 @@ impl Raw {
         raw.agreed(answer)
     }
 
-    /// A check's first connection, and the answer to this VERSION over it. A server that ends with its client may still have
-    /// taken the connection in its last moment, so one that is closed is made again.
+    /// A check's first connection, and the answer to this VERSION over it. A server that ends with its client may have accepted the
+    /// connection right before its end, so a connection that is closed is made again.
     pub fn first(t: &Trial, version: &[u8]) -> Result<(Raw, Answer), Stop> {
         let until = t.until.min(Instant::now() + RESTART);
         loop {
@@ -351,7 +351,7 @@ impl Raw {
         Ok(true)
     }
 
-    /// The connection is in step: a GET_INFO is answered by what one is answered by.
+    /// Checks that the connection is in step: a GET_INFO gets its usual reply.
     pub fn in_step(&mut self) -> Verdict {
         let reply = self.ask(Command::DEVICE_GET_INFO, info_request().as_bytes())?;
         let body = reply.done("GET_INFO afterwards")?;
@@ -360,7 +360,7 @@ impl Raw {
         })
     }
 
-    /// The connection goes on in step, or was closed, and then the next client is served.
+    /// Checks that the connection stays in step; or that it was closed, and the next client is served.
     pub fn goes_on(mut self, t: &Trial, answer: &Answer) -> Verdict {
         if !matches!(answer, Answer::Closed) {
             return self.in_step();
@@ -370,7 +370,7 @@ impl Raw {
     }
 }
 
-/// Another client is served.
+/// Checks that another client is served.
 pub(crate) fn next_client(t: &Trial) -> Verdict {
     Raw::open_as(t, "next ")?.in_step()
 }

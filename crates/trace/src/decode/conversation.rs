@@ -10,7 +10,7 @@ use super::{Known, text};
 use crate::event::{Direction, Event, Outcome, Request};
 use crate::seen::Message;
 
-/// The most commands of one connection that wait for their replies. One more gives up the oldest.
+/// Limit on the commands of one connection that wait for their replies. Beyond it, the oldest is given up.
 const PENDING_MAX: usize = 1024;
 
 /// A connection.
@@ -20,7 +20,7 @@ pub struct Conversation {
     pid: Option<u32>,
     /// Its beginning was seen.
     is_whole: bool,
-    /// By the way of the command, and its id.
+    /// By the direction of the command, and its id.
     pending: BTreeMap<(bool, u16), Pending>,
     number: u64,
     known: Known,
@@ -66,7 +66,7 @@ impl Conversation {
         }
     }
 
-    /// The connection is over: what waits gets no answer.
+    /// The connection has ended: pending commands get no answer.
     pub fn close(&mut self, time_ns: u64, event: &mut dyn FnMut(Event)) {
         let mut left: Vec<_> = std::mem::take(&mut self.pending).into_values().collect();
         left.sort_by_key(|pending| pending.number);
@@ -90,7 +90,7 @@ impl Conversation {
             self.is_qemus = Capabilities::decode(json).is_ok_and(|theirs| theirs.are_qemus());
         }
         let asked = message::asked(header.command, head, message.body_bytes, self.is_qemus, self.known);
-        // A server answers what is malformed too.
+        // A server also answers malformed commands.
         let Asked { request, arguments, bytes } = match asked {
             Ok(asked) => asked,
             Err(reason) => Asked {

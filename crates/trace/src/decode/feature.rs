@@ -13,7 +13,7 @@ use crate::event::{Request, Transition};
 /// Ranges that are shown of a START.
 const RANGES_SHOWN: usize = 4;
 
-/// A FEATURE request: what it asks for, and its payload as text.
+/// A FEATURE request: its operation and feature, and its payload as text.
 pub fn asked(header: FeatureHeader, payload: &[u8], known: Known) -> (Request, String) {
     let index = FeatureIndex((header.flags & 0xffff) as u16);
     let op = FeatureOp::from_bits_truncate(header.flags);
@@ -34,14 +34,14 @@ pub fn asked(header: FeatureHeader, payload: &[u8], known: Known) -> (Request, S
         (true, Some(transition), _) => transition.shown(),
         (true, None, Some((state, _))) => format!("state {}", state.device_state),
         (true, None, None) => in_words(index, payload, false),
-        // What a REPORT is about is in its request.
+        // The range of a REPORT is in its request.
         _ if has_bitmap(index) && !op.contains(FeatureOp::PROBE) => in_words(index, payload, false),
         _ => String::new(),
     };
     (Request::Feature { index, op, transition }, text::join(&[&arguments, &misuse]))
 }
 
-/// The answer to a FEATURE request that was done, as text. Notes what it says of the device's state.
+/// The answer to a successful FEATURE request, as text. Notes the state that it contains.
 pub fn answered(request: &Request, payload: &[u8], payload_bytes: usize, known: &mut Known) -> String {
     let Request::Feature { index, op, transition } = request else { return String::new() };
     if op.contains(FeatureOp::PROBE) {
@@ -52,7 +52,7 @@ pub fn answered(request: &Request, payload: &[u8], payload_bytes: usize, known: 
         return String::new();
     }
     if !op.contains(FeatureOp::GET) {
-        // A START tells the page size that the device chose.
+        // A START returns the page size that the device chose.
         return match FeaturePayload::read(*index, payload) {
             Ok(FeaturePayload::DmaLoggingStart(control, _)) => format!("page size {}", control.page_size),
             _ => String::new(),
@@ -75,7 +75,7 @@ fn has_bitmap(index: FeatureIndex) -> bool {
     matches!(index, FeatureIndex::DMA_LOGGING_REPORT | extension::DIRTY_BLOCKS)
 }
 
-/// A payload as text. What is not a payload of this feature is shown as bytes.
+/// A payload as text. A payload that this feature does not have is shown as bytes.
 fn in_words(index: FeatureIndex, payload: &[u8], is_answer: bool) -> String {
     if let Some(words) = of_extension(index, payload, is_answer) {
         return words;
@@ -134,7 +134,7 @@ fn in_ranges(ranges: Records<'_, DmaLoggingRange>) -> String {
     shown.join(" ") + &more
 }
 
-/// The payload of an extension of this project's.
+/// The payload of an extension of this project.
 fn of_extension(index: FeatureIndex, payload: &[u8], is_answer: bool) -> Option<String> {
     match index {
         extension::DIRTY_BLOCKS => {

@@ -11,14 +11,14 @@ use super::{Known, feature, text};
 use crate::event::{Request, printable};
 use crate::framer::HEAD_BYTES_MAX;
 
-/// The most letters that are shown of version data.
+/// Limit on the characters of version data that are shown.
 const JSON_SHOWN: usize = 1024;
 
-/// What a command asks for.
+/// A command's request.
 pub struct Asked {
     pub request: Request,
     pub arguments: String,
-    /// Bytes of data that go with it.
+    /// Bytes of data that it carries.
     pub bytes: u64,
 }
 
@@ -41,7 +41,7 @@ pub fn asked(
     let message = match Message::decode(command, head, body_bytes) {
         Ok(message) => message,
         Err(DecodeError::Unknown(_)) => return Ok(plain(format!("{body_bytes} bytes: {}", text::hex(head)))),
-        // Only its beginning is kept, and this command is decoded as a whole.
+        // Only the beginning of a body is kept, and this command can only be decoded completely.
         Err(DecodeError::Short { want, got }) if got == HEAD_BYTES_MAX && want > got => {
             return Ok(plain(format!("{body_bytes} bytes: {}", text::hex(head))));
         }
@@ -93,7 +93,7 @@ pub fn asked(
     })
 }
 
-/// What an answer holds, and the bytes of data that come with it.
+/// The contents of an answer, and the bytes of data that come with it.
 pub fn answered(
     request: &Request,
     command: Command,

@@ -79,7 +79,7 @@ impl Decoder {
         }
     }
 
-    /// Whatever still waits for an answer gets none.
+    /// Requests that still wait for an answer get none.
     pub fn finish(&mut self, time_ns: u64, event: &mut dyn FnMut(Event)) {
         for (_, mut conversation) in std::mem::take(&mut self.conversations) {
             conversation.close(time_ns, event);
@@ -97,7 +97,7 @@ impl Known {
         self.0 = Some(State::Running);
     }
 
-    /// A SET that was refused leaves a state on the path, which only a GET tells.
+    /// A refused SET leaves the device in a state on the path, which only a GET returns.
     fn refused(&mut self) {
         self.0 = None;
     }

@@ -1,8 +1,8 @@
 //! One direction of a connection. Fds stay with the bytes with which they were sent.
 //!
-//! A receive that reaches over the end of a message can bring bytes of that one together with the fds of the next
-//! (unix(7): *ancillary messages are a barrier*, behind the bytes, not before). So none reaches over the end of a header or of a
-//! body, and what was received with fds is sent with them in one call.
+//! A receive that extends beyond the end of a message can return bytes of that message together with the fds of the next
+//! (unix(7): *ancillary messages are a barrier*, behind the bytes, not before). So no receive extends beyond the end of a header
+//! or a body, and bytes that were received with fds are sent with them in one call.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -19,7 +19,7 @@ use crate::framer::{Framed, Framer};
 use crate::recorder::RecorderHandle;
 use crate::seen::Seen;
 
-/// Bytes that are passed on at once.
+/// Bytes that are forwarded at once.
 const PIECE_BYTES: usize = 256 << 10;
 /// The longest name of an fd, in letters.
 const FD_NAME_MAX: usize = 128;
@@ -37,8 +37,8 @@ impl From<Errno> for Broken {
     }
 }
 
-/// Passes on what comes until the peer closes its end, and then closes the other one's in this direction. When one of the
-/// sockets fails the whole connection is shut down.
+/// Forwards everything until the peer closes its end, and then closes the other end in this direction. If one of the sockets
+/// fails, the whole connection is shut down.
 pub fn pass_on(
     conversation: u32,
     from: &UnixStream,
@@ -59,7 +59,7 @@ pub fn pass_on(
                 let _ = end.shutdown(Shutdown::Both);
             }
             let text = match broken {
-                // One end is gone, which its own direction says.
+                // One end is gone, which its own direction reports.
                 Broken::Os(Errno::PIPE | Errno::CONNRESET) => return,
                 Broken::Os(errno) => format!("the connection was given up: {errno}"),
                 Broken::LostFds => {
@@ -91,7 +91,7 @@ impl Pass<'_> {
                 return Ok(());
             }
             self.see(&buffer[..got], &fds);
-            // A body that is there already goes with its header, as it was most likely sent.
+            // A body that has arrived already is sent with its header, as it was most likely sent.
             let rest = match self.framer.until_boundary() {
                 Some(rest) if !self.framer.is_between() => rest.min(PIECE_BYTES - got),
                 _ => 0,
@@ -110,13 +110,13 @@ impl Pass<'_> {
                 give(to, &buffer[..got], &fds)?;
                 give(to, &buffer[got..got + more], &more_fds)?;
             }
-            // The receiver has its own by now.
+            // The receiver has its own copies by now.
             fds.clear();
             more_fds.clear();
         }
     }
 
-    /// Records before it is passed on, so that no answer is recorded before its request.
+    /// Records before forwarding, so that no answer is recorded before its request.
     fn see(&mut self, bytes: &[u8], fds: &[ForeignFd]) {
         let names = if self.recorder.is_deaf() { Vec::new() } else { fds.iter().map(name).collect() };
         let mut framer = std::mem::take(&mut self.framer);
@@ -163,7 +163,7 @@ fn give(to: &UnixStream, mut bytes: &[u8], fds: &[ForeignFd]) -> Result<(), Errn
     Ok(())
 }
 
-/// What an fd is, as the system has it: a path, `/memfd:guest`, `anon_inode:[eventfd]`.
+/// The file of an fd, as the system names it: a path, `/memfd:guest`, `anon_inode:[eventfd]`.
 fn name(fd: &ForeignFd) -> String {
     let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let target = rustix::fs::readlink(link, Vec::new());

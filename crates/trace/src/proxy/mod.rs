@@ -1,8 +1,8 @@
-//! Between a client and a server of vfio-user: what one sends the other gets, byte for byte and fd for fd, and a
-//! [`Recorder`](crate::recorder::Recorder) is told.
+//! Forwards between a client and a server of vfio-user, byte for byte and fd for fd, and records everything with a
+//! [`Recorder`](crate::recorder::Recorder).
 //!
-//! A connection has a thread for each direction ([`relay`]). Nothing is held back until something else comes: half a message is
-//! passed on as it is.
+//! A connection has a thread for each direction ([`relay`]). Nothing is held back: half a message is forwarded as it
+//! is.
 
 mod direction;
 
@@ -30,11 +30,11 @@ pub const CONNECTIONS_MAX: usize = 256;
 /// How a proxy connects to its server.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Who may connect to the proxy.
+    /// The users who may connect to the proxy.
     pub access: SocketAccess,
     /// How long the server's queue of connections may stay full.
     pub connect_limit: Duration,
-    /// The users whose servers are connected to. Any, if there is none.
+    /// The users to whose servers the proxy connects. Empty for all users.
     pub servers: Vec<User>,
 }
 
@@ -85,11 +85,11 @@ impl StopHandle {
         Ok(StopHandle(Arc::new(Stop { event, connections: Mutex::new(Some(Vec::new())) })))
     }
 
-    /// The proxy listens no more, and its connections end.
+    /// Stops listening, and ends all connections.
     pub fn stop(&self) {
         let connections = self.connections().take();
         connections.into_iter().flatten().for_each(|(_, connection)| connection.shut_down());
-        // It fails only where it would overflow, and then it is set.
+        // It fails only if it would overflow, and then it is set.
         let _ = rustix::io::write(&self.0.event, &1u64.to_ne_bytes());
     }
 
@@ -97,7 +97,7 @@ impl StopHandle {
         self.0.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a connection, unless the proxy ends or has too many.
+    /// Registers a connection, unless the proxy ends or has too many.
     fn add(&self, number: u32, connection: &Arc<Connection>) -> Result<(), &'static str> {
         match &mut *self.connections() {
             None => Err("the proxy ends"),
@@ -118,7 +118,7 @@ impl StopHandle {
 
 impl Connection {
     fn shut_down(&self) {
-        // What is not connected any more need not be shut down.
+        // A socket that is not connected any more need not be shut down.
         let _ = self.client.shutdown(Shutdown::Both);
         let _ = self.server.shutdown(Shutdown::Both);
     }
@@ -145,7 +145,7 @@ impl Proxy {
         })
     }
 
-    /// What ends the proxy.
+    /// The handle that ends the proxy.
     pub fn stop_handle(&self) -> StopHandle {
         self.stop.clone()
     }
@@ -200,7 +200,7 @@ impl Proxy {
                     client.set_nonblocking(false)?;
                     return Ok(Some(Foreign::new(client)));
                 }
-                // Whoever connected is gone, or there is no room for another fd until a connection ends.
+                // The client is gone, or there is no room for another fd until a connection ends.
                 Err(error) => match rustix::io::Errno::from_io_error(&error) {
                     Some(
                         rustix::io::Errno::AGAIN | rustix::io::Errno::CONNABORTED | rustix::io::Errno::INTR,
@@ -240,7 +240,7 @@ impl Proxy {
     }
 }
 
-/// Passes on between a client and a server until both directions have ended. Returns then, with both sockets shut down.
+/// Forwards between a client and a server until both directions have ended. Then both sockets are shut down.
 ///
 /// `number` is that of the connection in this trace, `name` the device's.
 pub fn relay(number: u32, client: &UnixStream, server: &UnixStream, name: &str, recorder: &RecorderHandle) {

@@ -1,4 +1,5 @@
-//! Which system calls matter to a trace, and where their buffers are: pure, from the number and the arguments.
+//! The system calls that matter to a trace, and where their buffers are. This is derived from the number and the arguments
+//! alone.
 
 /// `AUDIT_ARCH_*` of the programs whose calls are decoded: those of this program's architecture.
 #[cfg(target_arch = "x86_64")]
@@ -27,7 +28,7 @@ pub enum Syscall {
 pub enum Buffer {
     /// In one piece.
     Plain { address: u64, bytes: u64 },
-    /// In pieces: `struct iovec`, so many of them.
+    /// In pieces: this number of `struct iovec`.
     Vector { address: u64, count: u64 },
     /// Where a `struct msghdr` says.
     Message { address: u64 },
@@ -39,7 +40,7 @@ pub fn syscall(number: u64, args: [u64; 6]) -> Option<Syscall> {
     let plain = Buffer::Plain { address: args[1], bytes: args[2] };
     let vector = Buffer::Vector { address: args[1], count: args[2] };
     let transfer = |is_write, buffer, offset| Some(Syscall::Transfer { fd, is_write, buffer, offset });
-    // What is only looked at comes once more.
+    // Bytes that are only peeked at will be received again.
     let peeks = |flags: u64| flags & libc::MSG_PEEK as u64 != 0;
     #[cfg(target_arch = "x86_64")]
     if i64::try_from(number) == Ok(libc::SYS_dup2) {
@@ -74,7 +75,7 @@ pub fn syscall(number: u64, args: [u64; 6]) -> Option<Syscall> {
     }
 }
 
-/// Whether an ioctl has a number of VFIO's or iommufd's (`vfio.h: VFIO_TYPE`, `iommufd.h: IOMMUFD_TYPE`).
+/// Whether an ioctl has a number of VFIO or iommufd (`vfio.h: VFIO_TYPE`, `iommufd.h: IOMMUFD_TYPE`).
 pub fn is_ours(request: u32) -> bool {
     let number = request & 0xff;
     request >> 8 == u32::from(b';') && (100..0xa0).contains(&number)

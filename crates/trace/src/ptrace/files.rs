@@ -1,28 +1,28 @@
-//! The fds of traced processes: what kind of file each leads to, and what made it.
+//! The fds of traced processes: the kind of file of each, and the call that created it.
 
 use std::collections::HashMap;
 
 use crate::event::printable;
 use crate::seen::FileKind;
 
-/// The most fds of one process whose making is remembered.
+/// Limit on the fds of one process whose origin is kept.
 const MADE_MAX: usize = 4096;
 /// The longest name that is shown of a file, in letters.
 const NAME_MAX: usize = 128;
 
-/// What the trace saw being made in one process.
+/// The fds whose creation the trace has seen in one process.
 #[derive(Clone, Debug, Default)]
 pub struct Files {
     made: HashMap<i32, Made>,
 }
 
-/// An fd that a traced call gave.
+/// An fd that a traced call returned.
 #[derive(Clone, Debug)]
 struct Made {
     kind: FileKind,
     name: String,
     device: Option<String>,
-    /// What it led to then. Where that differs now, the number is another file's.
+    /// The file that it referred to then. If it refers to another one now, the number was reused.
     link: String,
 }
 
@@ -76,24 +76,24 @@ impl Files {
         File { kind, name, device: None }
     }
 
-    /// Whether a call on this fd is shown whatever it is.
+    /// Whether every call on this fd is shown.
     pub fn is_made(&self, fd: i32) -> bool {
         self.made.contains_key(&fd)
     }
 
-    /// A group gave a device's fd.
+    /// A group returned the fd of a device.
     pub fn device(&mut self, fd: i32, name: &[u8], link: String) {
         let name = printable(&String::from_utf8_lossy(name).chars().take(NAME_MAX).collect::<String>());
         self.add(fd, Made { kind: FileKind::Device, name, device: None, link });
     }
 
-    /// A device gave the data fd of its session with this number.
+    /// A device returned the data fd of its session with this number.
     pub fn data(&mut self, fd: i32, device: &str, session: u64, link: String) {
         let name = format!("{device} session {session}");
         self.add(fd, Made { kind: FileKind::Data, name, device: Some(device.to_owned()), link });
     }
 
-    /// One fd became two.
+    /// An fd was duplicated.
     pub fn duplicate(&mut self, fd: i32, to: i32) {
         match self.made.get(&fd).cloned() {
             Some(made) => self.add(to, made),
@@ -140,7 +140,7 @@ pub fn status(tid: i32) -> Option<(i32, i32)> {
     Some((field("Tgid:")?, field("TracerPid:").unwrap_or(0)))
 }
 
-/// Whether a thread has ended, and is only still listed (proc_pid_status(5): State).
+/// Whether a thread has ended, and is only listed as a zombie (proc_pid_status(5): State).
 pub fn has_ended(tid: i32) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
     let state = status.lines().find_map(|line| line.strip_prefix("State:"));

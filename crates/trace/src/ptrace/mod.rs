@@ -1,8 +1,8 @@
 //! A process and what it starts, by ptrace(2): calls on files of VFIO and iommufd and on data fds, and the messages on its
 //! vfio-user sockets.
 //!
-//! Every thread stops before and after each of its system calls. What is read of its memory is bounded: a trace keeps no
-//! more of a call than of a message ([`HEAD_BYTES_MAX`](crate::framer::HEAD_BYTES_MAX)), and of a transfer only what is framed.
+//! Every thread stops before and after each of its system calls. Reads of its memory are bounded: a trace keeps no
+//! more of a call than of a message ([`HEAD_BYTES_MAX`](crate::framer::HEAD_BYTES_MAX)), and of a transfer only framed bytes.
 
 mod calls;
 mod files;
@@ -63,7 +63,7 @@ pub enum Error {
     Traced {
         /// The process.
         pid: i32,
-        /// Who traces it.
+        /// The process that traces it.
         tracer: i32,
     },
     /// The system does not permit it.
@@ -117,7 +117,7 @@ impl Control {
         let mut state = self.state();
         state.is_stopped = true;
         if let Some(tell) = &state.tell {
-            // If nobody listens, it has ended.
+            // If there is no receiver, it has ended.
             let _ = rustix::io::write(tell, &[1]);
         }
     }
@@ -137,8 +137,8 @@ impl Control {
 }
 
 /// Traces on the calling thread, until what is traced has ended, [`Control::stop`], or no sink is left. In the last case a
-/// command runs to its end. The calling thread must have no children of its own, and should end soon after: with it the kernel
-/// lets go what could not be stopped in time to be let go.
+/// command runs to its end. The calling thread must have no children of its own, and should end soon after: the kernel then
+/// detaches the threads that could not be stopped in time.
 pub fn trace(target: &Target, recorder: &RecorderHandle, control: &Control) -> Result<Ended, Error> {
     let waker = Waker::start(None).map_err(|errno| Error::Os { call: "fork", errno })?;
     let was_stopped = control.wake_by(&waker)?;
@@ -151,7 +151,7 @@ pub fn trace(target: &Target, recorder: &RecorderHandle, control: &Control) -> R
     match target {
         Target::Process(pid) => {
             attach(&mut tracer, *pid)?;
-            // Whoever waits for it can begin with what is to be seen.
+            // A caller that waits for this can begin with what it wants to trace.
             let time_ns = recorder.now_ns();
             let threads = match tracer.threads() {
                 1 => "its one thread".to_owned(),
@@ -182,7 +182,7 @@ fn attach(tracer: &mut Tracer<'_>, pid: i32) -> Result<(), Error> {
     if traced_by != 0 {
         return Err(not_permitted(pid));
     }
-    // New threads may come meanwhile; those of a traced thread are traced.
+    // New threads may be created meanwhile; those of a traced thread are traced.
     let (mut found, mut has_ended) = (true, false);
     while found {
         found = false;
@@ -194,10 +194,10 @@ fn attach(tracer: &mut Tracer<'_>, pid: i32) -> Result<(), Error> {
                 Ok(()) => {
                     tracer.add(tid, process, true);
                     found = true;
-                    // If it is gone, its end is waited for.
+                    // If it is gone, its end is awaited.
                     let _ = os::interrupt(tid);
                 }
-                // It ended, or is traced as the child of one that is traced already.
+                // It has ended, or is traced as the child of a traced thread.
                 Err(_) if !tracer.is_empty() => {}
                 // The main thread may have ended while others run (ptrace(2): not permitted).
                 Err(Errno::EPERM) if files::has_ended(tid) => has_ended = true,
@@ -225,7 +225,7 @@ fn not_permitted(pid: i32) -> Error {
     }
 }
 
-/// Makes a process for the command, which is traced from its first call on.
+/// Creates a process for the command, which is traced from its first call on.
 fn start(tracer: &mut Tracer<'_>, words: &[OsString]) -> Result<(i32, Starting, String), Error> {
     let name = words.first().cloned().unwrap_or_default();
     let shown = name.to_string_lossy().into_owned();

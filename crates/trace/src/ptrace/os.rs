@@ -1,7 +1,7 @@
 //! The system calls of a tracer (ptrace(2), waitpid(2), process_vm_readv(2), fork(2)), as safe functions.
 //!
-//! All of them are for the thread that seized the tracees and no other one: the kernel refuses the rest, or does not see them
-//! (`__WNOTHREAD`).
+//! Only the thread that seized the tracees may call them: for other threads the kernel refuses them, or does not see the
+//! tracees (`__WNOTHREAD`).
 #![allow(unsafe_code, reason = "the one place of this crate where the OS is touched without rustix")]
 
 use std::ffi::{CString, c_int, c_long, c_void};
@@ -13,7 +13,7 @@ use std::time::Duration;
 use limosa_protocol::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal};
 
-/// The ways of a tracee into and out of a system call, and its children and programs, are told apart from its signals.
+/// Distinguishes stops at the entry and the exit of a system call, at new children and at new programs from signals.
 const OPTIONS: c_int = libc::PTRACE_O_TRACESYSGOOD
     | libc::PTRACE_O_TRACECLONE
     | libc::PTRACE_O_TRACEFORK
@@ -58,27 +58,27 @@ fn ptrace(request: libc::c_uint, tid: i32, address: usize, data: usize) -> Resul
     if value == -1 { Err(last_errno()) } else { Ok(value) }
 }
 
-/// Begins to trace a thread, which runs on.
+/// Begins to trace a thread, which keeps running.
 pub fn seize(tid: i32) -> Result<(), Errno> {
     ptrace(libc::PTRACE_SEIZE as _, tid, 0, OPTIONS as usize).map(drop)
 }
 
-/// Stops a thread that runs.
+/// Stops a running thread.
 pub fn interrupt(tid: i32) -> Result<(), Errno> {
     ptrace(libc::PTRACE_INTERRUPT as _, tid, 0, 0).map(drop)
 }
 
-/// Lets a thread that stopped go on to its next system call, with this signal, or none for 0.
+/// Lets a stopped thread run to its next system call, with this signal, or none for 0.
 pub fn resume(tid: i32, signal: i32) -> Result<(), Errno> {
     ptrace(libc::PTRACE_SYSCALL as _, tid, 0, signal as usize).map(drop)
 }
 
-/// Leaves a thread in its group-stop, and waits for what ends that.
+/// Leaves a thread in its group-stop, and waits for the end of that.
 pub fn listen(tid: i32) -> Result<(), Errno> {
     ptrace(libc::PTRACE_LISTEN as _, tid, 0, 0).map(drop)
 }
 
-/// Lets a thread that stopped go, with this signal, or none for 0.
+/// Detaches a stopped thread, with this signal, or none for 0.
 pub fn detach(tid: i32, signal: i32) -> Result<(), Errno> {
     ptrace(libc::PTRACE_DETACH as _, tid, 0, signal as usize).map(drop)
 }
@@ -86,7 +86,7 @@ pub fn detach(tid: i32, signal: i32) -> Result<(), Errno> {
 /// The number of the thread that the stop is about: the new one, or the one that ran another program.
 pub fn event_message(tid: i32) -> Result<i32, Errno> {
     let mut number: libc::c_ulong = 0;
-    // SAFETY: the kernel writes an unsigned long, to one that nobody else uses.
+    // SAFETY: the kernel writes an unsigned long, to a variable that nothing else uses.
     let value = unsafe {
         libc::ptrace(
             libc::PTRACE_GETEVENTMSG as _,
@@ -98,13 +98,13 @@ pub fn event_message(tid: i32) -> Result<i32, Errno> {
     if value == -1 { Err(last_errno()) } else { Ok(i32::try_from(number).unwrap_or(0)) }
 }
 
-/// At which system call a thread stopped.
+/// The system call at which a thread stopped.
 pub fn syscall_stop(tid: i32) -> Result<SyscallStop, Errno> {
     // op, 3 bytes, arch; instruction pointer; stack pointer; then the number and six arguments, or the value and whether it is an
     // errno.
     let mut info = [0u64; 11];
-    // SAFETY: the kernel writes at most so many bytes of the structure as the third argument says, to memory that is so long
-    // and that nobody else uses.
+    // SAFETY: the kernel writes at most the number of bytes in the third argument, to memory of that length that nothing else
+    // uses.
     let value = unsafe {
         libc::ptrace(
             PTRACE_GET_SYSCALL_INFO as _,
@@ -138,7 +138,7 @@ pub fn syscall_stop(tid: i32) -> Result<SyscallStop, Errno> {
 pub fn wait() -> Result<Waited, Errno> {
     loop {
         let mut status: c_int = 0;
-        // SAFETY: the status is an int that nobody else uses.
+        // SAFETY: the status is an int that nothing else uses.
         let tid = unsafe { libc::waitpid(-1, &raw mut status, libc::__WALL | libc::__WNOTHREAD) };
         if tid == -1 {
             match last_errno() {
@@ -158,12 +158,12 @@ pub fn wait() -> Result<Waited, Errno> {
     }
 }
 
-/// Reads memory of a process, as much of it as is there. Nothing when the process is gone.
+/// Reads memory of a process, as much of the range as exists. Returns nothing if the process is gone.
 pub fn read_memory(pid: i32, address: u64, into: &mut [u8]) -> usize {
     let Ok(address) = usize::try_from(address) else { return 0 };
     let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
     let remote = libc::iovec { iov_base: address as *mut c_void, iov_len: into.len() };
-    // SAFETY: the kernel writes at most so many bytes as the slice has, and the other address is of the other process.
+    // SAFETY: the kernel writes at most as many bytes as the slice has, and the other address belongs to the other process.
     let got = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
     match usize::try_from(got) {
         Ok(got) => got,
@@ -180,8 +180,8 @@ fn read_file_of_memory(pid: i32, address: u64, into: &mut [u8]) -> std::io::Resu
     std::os::unix::fs::FileExt::read_at(&std::fs::File::open(format!("/proc/{pid}/mem"))?, into, address)
 }
 
-/// A child process that does nothing but end: when it is told to, when its time has come, or with the thread that started it. By
-/// its end a thread that waits for tracees is woken.
+/// A child process that only ends: when it is told to, when its time is over, or with the thread that started it. Its end wakes
+/// a thread that waits for tracees.
 #[derive(Debug)]
 pub struct Waker {
     pid: i32,
@@ -215,7 +215,7 @@ impl Waker {
         self.pid
     }
 
-    /// By what another thread ends it.
+    /// The handle by which another thread ends it.
     pub fn tell(&self) -> BorrowedFd<'_> {
         self.tell.as_fd()
     }
@@ -223,7 +223,7 @@ impl Waker {
 
 impl Drop for Waker {
     fn drop(&mut self) {
-        // It may be gone already, and waited for.
+        // It may have ended and been waited for already.
         let _ = pidfd_send_signal(&self.process, Signal::KILL);
         let _ = rustix::process::waitid(WaitId::PidFd(self.process.as_fd()), WaitIdOptions::EXITED);
     }
@@ -239,7 +239,7 @@ pub struct Waiting {
 }
 
 impl Waiting {
-    /// Makes a process that starts the program once it is told to. All its strings end with their NUL.
+    /// Creates a process that starts the program once it is told to. All strings include their NUL.
     #[allow(clippy::multiple_unsafe_ops_per_block, reason = "one proof holds for all calls of a child")]
     pub fn start(program: &CString, args: &[CString], environment: &[CString]) -> Result<Waiting, Errno> {
         let (may_go, go) = pipe()?;
@@ -257,12 +257,12 @@ impl Waiting {
             fork(move || {
                 libc::close(go_end);
                 let mut byte = 0u8;
-                // The end of the pipe says that nobody traces it.
+                // The end of the pipe means that no tracer is there.
                 if libc::read(may_go, (&raw mut byte).cast(), 1) != 1 {
                     return 127;
                 }
                 for signal in 1..32 {
-                    // What was ignored stays so; but the standard library ignores SIGPIPE for itself.
+                    // Ignored signals stay ignored, except SIGPIPE, which the standard library ignores for this process.
                     let mut action: MaybeUninit<libc::sigaction> = MaybeUninit::zeroed();
                     libc::sigaction(signal, ptr::null(), action.as_mut_ptr());
                     if signal == libc::SIGPIPE || (*action.as_ptr()).sa_sigaction != libc::SIG_IGN {
@@ -283,7 +283,7 @@ impl Waiting {
 
     /// Lets it start the program.
     pub fn go(self) -> Starting {
-        // If it is gone, its end is waited for.
+        // If it is gone, its end is awaited.
         let _ = rustix::io::write(&self.go, &[1]);
         Starting { failed: self.failed }
     }

@@ -1,4 +1,4 @@
-//! What a call was about: read from the memory and the fds of its process, before and after.
+//! The contents of a call, read from the memory and the fds of its process, before and after the call.
 
 use limosa_protocol::feature::{FeatureDmaLoggingControl, FeatureDmaLoggingReport};
 use limosa_protocol::{Errno, FeatureHeader, FeatureIndex, FeatureOp};
@@ -12,8 +12,8 @@ use crate::decode::{FEATURE, GROUP_GET_DEVICE_FD, data_fd};
 use crate::framer::{DATA_HEAD_BYTES_MAX, FDS_MAX, HEAD_BYTES_MAX};
 use crate::seen::{Action, Call, FileKind, Seen};
 
-/// The most bytes of an ioctl's argument that are read. Those of `vfio.h` and `iommufd.h` have some dozens, and what follows
-/// them has few kilobytes.
+/// Limit on the bytes of an ioctl's argument that are read. The structures of `vfio.h` and `iommufd.h` have some dozens of
+/// bytes, and what follows them has a few kilobytes.
 const ARGUMENT_BYTES_MAX: usize = 4096;
 /// Bytes of a transfer that are read at once.
 const PIECE_BYTES: usize = 64 << 10;
@@ -28,7 +28,7 @@ const ADDRESS_BYTES_MAX: usize = 110;
 /// The most devices whose sessions are counted.
 const DEVICES_MAX: usize = 4096;
 
-/// Reads up to so many bytes.
+/// Reads up to this number of bytes.
 fn memory(pid: i32, address: u64, bytes: usize) -> Vec<u8> {
     let mut read = vec![0; bytes];
     let got = if address == 0 { 0 } else { read_memory(pid, address, &mut read) };
@@ -118,7 +118,7 @@ fn fds(pid: i32, buffer: Buffer) -> Vec<String> {
 }
 
 impl Tracer<'_> {
-    /// A call is going to be made. `None` if it does not matter.
+    /// Called before a system call. `None` if the call does not matter.
     pub(super) fn before(&mut self, pid: i32, call: &Syscall) -> Option<What> {
         let process = self.processes.get(&pid)?;
         match *call {
@@ -162,7 +162,7 @@ impl Tracer<'_> {
         }
     }
 
-    /// A call was made.
+    /// Called after a system call.
     pub(super) fn after(&mut self, pid: i32, entered: Entered, result: Result<i64, Errno>, time_ns: u64) {
         match (entered.call, &entered.what) {
             (Syscall::Duplicate { fd }, _) => {
@@ -197,7 +197,7 @@ impl Tracer<'_> {
         }
     }
 
-    /// Bytes were written to a socket: so many, or all that were offered.
+    /// Bytes were written to a socket: this number, or all of the call's bytes.
     pub(super) fn write(&mut self, pid: i32, inode: u64, entered: &Entered, bytes: Option<u64>) {
         let Syscall::Transfer { buffer, .. } = entered.call else { return };
         let (pieces, fds) = (pieces(pid, buffer), fds(pid, buffer));
@@ -297,7 +297,7 @@ impl Tracer<'_> {
         }));
     }
 
-    /// Remembers an fd that an ioctl gave.
+    /// Notes an fd that an ioctl returned.
     fn made(
         &mut self,
         pid: i32,

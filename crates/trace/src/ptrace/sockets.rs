@@ -1,4 +1,4 @@
-//! The sockets of traced processes that speak vfio-user: known by the first bytes on them.
+//! The sockets of traced processes that carry vfio-user, recognized by their first bytes.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ use crate::framer::{Framed, Framer, begins_with_version, looks_like_header};
 use crate::recorder::RecorderHandle;
 use crate::seen::Seen;
 
-/// The most sockets that are remembered.
+/// Limit on the sockets that are tracked.
 const SOCKETS_MAX: usize = 4096;
 
 /// All of them, by inode.
@@ -24,7 +24,7 @@ pub struct Sockets {
 
 #[derive(Debug)]
 enum Socket {
-    /// Too few bytes came to tell; those that were written, those that were read.
+    /// Too few bytes came to decide: the written bytes, and the read bytes.
     Undecided {
         existed: bool,
         first: [Vec<u8>; 2],
@@ -48,7 +48,7 @@ impl Sockets {
         self.names.insert(inode, String::from_utf8_lossy(path).into_owned());
     }
 
-    /// What a socket is called: the last part of the path to which it was connected, or at which it was accepted.
+    /// The name of a socket: the last part of the path to which it was connected, or at which it was accepted.
     fn name(&self, pid: i32, inode: u64) -> String {
         let path = self.names.get(&inode).cloned().or_else(|| super::files::path_of_socket(pid, inode));
         let path = path.unwrap_or_else(|| format!("socket:[{inode}]"));
@@ -69,7 +69,7 @@ impl Sockets {
         matches!(self.all.get(&inode), Some(Socket::Other))
     }
 
-    /// Bytes that need not be looked at went over a socket.
+    /// Bytes that need no inspection were transferred over a socket.
     pub fn skip(&mut self, inode: u64, is_write: bool, bytes: usize, recorder: &RecorderHandle) {
         if let Some(Socket::VfioUser { conversation, is_client, framers, .. }) = self.all.get_mut(&inode) {
             let direction = direction(is_write, *is_client);
@@ -81,7 +81,7 @@ impl Sockets {
         }
     }
 
-    /// Bytes went over a socket, and fds with the first of them. `existed` says that it was there before the trace.
+    /// Bytes were transferred over a socket, and fds with the first of them. `existed` is whether it existed before the trace.
     pub fn bytes(
         &mut self,
         (pid, inode): (i32, u64),
@@ -114,7 +114,7 @@ impl Sockets {
             let is_whole = begins_with_version(&first[way]) == Some(true);
             let is_client = is_write == is_clients(&first[way]);
             let mut framers = [Framer::default(), Framer::default()];
-            // What came before this piece: no whole header, so nothing is complete.
+            // The bytes before this piece: less than a header, so no message is complete.
             for (framer, (at, before)) in framers.iter_mut().zip(first.iter().enumerate()) {
                 let before =
                     if at == way { &before[..before.len() - bytes.len().min(room)] } else { &before[..] };
@@ -153,7 +153,7 @@ impl Sockets {
     }
 }
 
-/// Whose header these bytes begin with: the client's (`true`), or the server's.
+/// Whether these bytes begin with a header of the client (`true`), or of the server.
 fn is_clients(bytes: &[u8]) -> bool {
     let Ok((header, _)) = Header::read_from_prefix(bytes) else { return true };
     let is_command = header.flags & Header::TYPE_MASK == Header::TYPE_COMMAND;

@@ -14,7 +14,7 @@ use super::sockets::Sockets;
 use crate::recorder::RecorderHandle;
 use crate::seen::Seen;
 
-/// How long threads may take to stop, so that they can be let go. The kernel lets go those that do not, when this thread ends.
+/// How long threads may take to stop, so that they can be detached. The kernel detaches the others when this thread ends.
 const DETACH_MAX: Duration = Duration::from_secs(5);
 
 /// A tracer.
@@ -26,7 +26,7 @@ pub struct Tracer<'a> {
     pub(super) sockets: Sockets,
     /// Sessions that devices opened so far.
     pub(super) sessions: HashMap<String, u64>,
-    /// It was said that the kernel does not tell at which calls threads stop.
+    /// Whether it was reported that the kernel does not say at which calls threads stop.
     is_blind: bool,
 }
 
@@ -34,11 +34,11 @@ pub struct Tracer<'a> {
 #[derive(Debug)]
 struct Thread {
     process: i32,
-    /// The call that it is in.
+    /// Its current call.
     entered: Option<Entered>,
 }
 
-/// A call that matters, on its way.
+/// A call that matters and has not returned.
 #[derive(Clone, Debug)]
 pub(super) struct Entered {
     pub call: Syscall,
@@ -46,14 +46,14 @@ pub(super) struct Entered {
     pub what: What,
 }
 
-/// What was found out about a call before it was made.
+/// The facts about a call that were collected before it was made.
 #[derive(Clone, Debug)]
 pub(super) enum What {
     /// On a file of VFIO, or a data fd: the file, and the ioctl's argument and what that points to.
     File(files::File, Vec<u8>, Vec<u8>),
-    /// On a socket with this inode. What is written is framed once it is written, or before the answer to it is.
+    /// On a socket with this inode. Written bytes are framed after the call, or before the answer to them is framed.
     Socket { inode: u64, is_done: bool },
-    /// Another one: its fd matters, or what it returns.
+    /// Another call whose fd or result matters.
     Fd,
 }
 
@@ -61,7 +61,7 @@ pub(super) enum What {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Process {
     pub files: Files,
-    /// It ran before it was traced, so its connections may have begun before.
+    /// It ran before the trace began, so its connections may have begun before as well.
     pub existed: bool,
     is_foreign: bool,
     threads: usize,
@@ -95,7 +95,7 @@ impl<'a> Tracer<'a> {
 
     /// A thread is traced from now on.
     pub fn add(&mut self, tid: i32, process: i32, existed: bool) {
-        // One that is known may be in a call already.
+        // A known thread may be in a call already.
         if let Entry::Vacant(new) = self.threads.entry(tid) {
             new.insert(Thread { process, entered: None });
             let of = self.processes.entry(process).or_default();
@@ -113,7 +113,7 @@ impl<'a> Tracer<'a> {
                 Waited::Exited(tid, _) | Waited::Killed(tid, _) if tid == self.waker.pid() => {
                     self.detach(first, &mut ended);
                     if self.recorder.is_deaf() {
-                        // Nobody reads the trace any more, but a command is waited for.
+                        // No reader of the trace is left, but the end of a command is awaited.
                         self.wait_for(first, &mut ended);
                     }
                     break;
@@ -154,7 +154,7 @@ impl<'a> Tracer<'a> {
 
     fn stopped(&mut self, tid: i32, signal: i32, event: i32, time_ns: u64) {
         if !self.has(tid) {
-            // It stops as the child of a traced thread, of which that one's stop may tell only later.
+            // It stops as the child of a traced thread, whose own stop may be reported only later.
             let process = files::status(tid).map_or(tid, |(process, _)| process);
             self.add(tid, process, false);
         }
@@ -184,7 +184,7 @@ impl<'a> Tracer<'a> {
             (0, signal) => os::resume(tid, signal),
             _ => os::resume(tid, 0),
         };
-        // A thread that was killed meanwhile cannot go on: its end is waited for.
+        // A thread that was killed meanwhile cannot continue: its end is awaited.
         let _ = answer;
     }
 
@@ -201,12 +201,12 @@ impl<'a> Tracer<'a> {
         self.recorder.record(Seen::Note { time_ns: self.recorder.now_ns(), pid, text });
     }
 
-    /// A thread made another one, or a process, which has what it has. It is known by its own first stop; of a process, the
-    /// files are copied here.
+    /// A thread created another thread or a process, which inherits its fds. The new one is registered at its own first stop; the
+    /// fds of a process are copied here.
     fn forked(&mut self, tid: i32) {
         let Ok(child) = os::event_message(tid) else { return };
         let Some(parent) = self.threads.get(&tid).map(|thread| thread.process) else { return };
-        // It may have ended before its parent's stop was told, and was waited for then: nothing more comes of it.
+        // It may have ended before its parent's stop was reported; it has been waited for then, and has no further stops.
         let Some((process, _)) = files::status(child) else { return };
         self.add(child, process, false);
         if process != parent
@@ -246,7 +246,7 @@ impl<'a> Tracer<'a> {
         }
         let Some(call) = syscall(number, args) else { return };
         let Some(what) = self.before(process, &call) else { return };
-        // The time of the tracer is not the call's.
+        // The tracer's own time does not count as the call's.
         let time_ns = self.recorder.now_ns();
         if let Some(thread) = self.threads.get_mut(&tid) {
             thread.entered = Some(Entered { call, time_ns, what });
@@ -264,8 +264,8 @@ impl<'a> Tracer<'a> {
         self.after(process, entered, result, time_ns);
     }
 
-    /// What is being written to a socket was written as a whole if an answer is there. Its call may end only after that of the
-    /// reader, who is another thread.
+    /// If there is an answer, everything that is being written to a socket was written. The writer's call may return after that of
+    /// the reader, which is another thread.
     fn finish_writes(&mut self, socket: u64) {
         let mut writes: Vec<(u64, i32)> = Vec::new();
         for (tid, thread) in &mut self.threads {
@@ -300,11 +300,11 @@ impl<'a> Tracer<'a> {
         }
     }
 
-    /// Lets all threads go, each as soon as it stops.
+    /// Detaches all threads, each as soon as it stops.
     fn detach(&mut self, first: i32, ended: &mut Ended) {
         let Ok(limit) = Waker::start(Some(DETACH_MAX)) else { return };
         for tid in self.threads.keys() {
-            // One that is gone is waited for below.
+            // A thread that is gone is waited for below.
             let _ = os::interrupt(*tid);
         }
         while !self.threads.is_empty() {
@@ -319,11 +319,11 @@ impl<'a> Tracer<'a> {
         }
     }
 
-    /// Lets a thread go that has stopped.
+    /// Detaches a stopped thread.
     fn let_go(&mut self, tid: i32, signal: i32, event: i32) {
         self.add(tid, files::status(tid).map_or(tid, |(process, _)| process), false);
         let is_signal = event == 0 && signal != libc::SIGTRAP | 0x80;
-        // One that was killed meanwhile is gone.
+        // A thread that was killed meanwhile is gone.
         let _ = os::detach(tid, if is_signal { signal } else { 0 });
         self.remove(tid);
     }
@@ -334,7 +334,7 @@ impl<'a> Tracer<'a> {
             match os::wait() {
                 Ok(Waited::Exited(tid, code)) if tid == child => *ended = Ended::Exited(code),
                 Ok(Waited::Killed(tid, signal)) if tid == child => *ended = Ended::Killed(signal),
-                // One that could not be stopped in time.
+                // A thread that could not be stopped in time.
                 Ok(Waited::Stopped(tid, signal, event)) => self.let_go(tid, signal, event),
                 Ok(_) => {}
                 Err(_) => return,

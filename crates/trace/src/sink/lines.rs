@@ -84,7 +84,7 @@ pub fn line(event: &Event) -> String {
     line
 }
 
-/// A duration with its unit and two or three digits that count.
+/// A duration with its unit and two or three significant digits.
 pub fn duration_text(ns: u64) -> String {
     let (value, unit) = match ns {
         0..1_000 => return format!("{ns} ns"),

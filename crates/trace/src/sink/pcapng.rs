@@ -9,7 +9,7 @@ use crate::recorder::Sink;
 use crate::seen::{Action, Seen};
 use zerocopy::IntoBytes;
 
-/// `LINKTYPE_USER0`: packets whose meaning is the user's, here that of `contrib/wireshark/vfio-user.lua`.
+/// `LINKTYPE_USER0`: packets whose format the user defines, here that of `contrib/wireshark/vfio-user.lua`.
 pub const LINK_TYPE: u16 = 147;
 
 const SECTION_HEADER: u32 = 0x0a0d_0d0a;
@@ -59,7 +59,7 @@ impl<W: Write + Send> Pcapng<W> {
         file.block(SECTION_HEADER, &section)?;
         let mut interface = Vec::new();
         interface.extend([LINK_TYPE, 0].as_bytes());
-        // No limit is named: that of a packet depends on its kind.
+        // No limit is stated: that of a packet depends on its kind.
         interface.extend(0u32.to_ne_bytes());
         interface.extend([OPTION_TSRESOL, 1].as_bytes());
         interface.extend([9, 0, 0, 0]);
@@ -99,7 +99,7 @@ impl<W: Write + Send> Pcapng<W> {
     }
 }
 
-/// What every packet begins with, in little-endian order.
+/// The beginning of every packet, in little-endian order.
 fn head(kind: u8, fds: usize, pid: u32, number: u32, name: &str) -> Vec<u8> {
     let end =
         name.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= NAME_BYTES_MAX).last();

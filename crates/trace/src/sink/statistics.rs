@@ -10,7 +10,7 @@ use super::lines::duration_text;
 use crate::event::{Event, Outcome, Request};
 use crate::recorder::Sink;
 
-/// The most lines of a table. What comes under further names is counted together.
+/// Limit on the lines of a table. Requests with further names are counted together.
 const KEYS_MAX: usize = 512;
 /// The most devices whose last arc is remembered.
 const DEVICES_MAX: usize = 4096;
@@ -27,14 +27,14 @@ pub struct StatisticsHandle(Arc<Mutex<State>>);
 struct State {
     requests: BTreeMap<String, Tally>,
     arcs: BTreeMap<String, Tally>,
-    /// The last arc of each device, which the data of its session belong to.
+    /// The last arc of each device, to which the data of its session is attributed.
     last: BTreeMap<String, String>,
 }
 
 /// A line of a table.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Tally {
-    /// How often it was asked for.
+    /// How often it was requested.
     pub calls: u64,
     /// How many of them were refused, or got no answer.
     pub failed: u64,
@@ -54,7 +54,7 @@ pub struct Table {
 }
 
 impl Statistics {
-    /// Begins to count, and returns where the figures are.
+    /// Begins to count, and returns the handle to the counts.
     pub fn new() -> (Statistics, StatisticsHandle) {
         let handle = StatisticsHandle::default();
         (Statistics(handle.clone()), handle)

@@ -128,7 +128,7 @@ fn exists(id: &'static str, from: u64, pages: u64) -> Check {
     })
 }
 
-/// A map that is refused, and maps nothing.
+/// Checks that a map is refused, and maps nothing.
 fn refused(id: &'static str, clause: &'static str, map: DmaMapMessage) -> Check {
     Check::new(Family::VfioUser, id, Needs::WIRE, &[clause, "wire.answered"], move |t| {
         let mut raw = Raw::open(t)?;
@@ -147,7 +147,7 @@ fn with_memory(id: &'static str, clause: &'static str, map: DmaMapMessage) -> Ch
     })
 }
 
-/// An unmap of part of a mapping is refused, and leaves it there.
+/// Checks that an unmap of part of a mapping is refused, and leaves the mapping.
 fn part(id: &'static str, from: u64, pages: u64) -> Check {
     Check::new(Family::VfioUser, id, Needs::WIRE, &["unmap.exact", "wire.answered"], move |t| {
         let mut raw = Raw::open(t)?;
@@ -157,7 +157,7 @@ fn part(id: &'static str, from: u64, pages: u64) -> Check {
     })
 }
 
-/// How many bytes an unmap says are gone; 0 for a refusal.
+/// The number of bytes that an unmap reports; 0 for a refusal.
 fn unmapped(raw: &mut Raw, iova: u64, size: u64) -> Result<u64, Stop> {
     match ask_unmap(raw, iova, size)? {
         Answer::Reply(body) => Ok(body.fixed::<DmaUnmapMessage>()?.size),
@@ -166,7 +166,7 @@ fn unmapped(raw: &mut Raw, iova: u64, size: u64) -> Result<u64, Stop> {
     }
 }
 
-/// As in the kernel an unmap that finds nothing may succeed, and says that it was nothing.
+/// As in the kernel, an unmap that finds no mapping may succeed, and reports 0 bytes.
 fn unmaps_nothing(raw: &mut Raw, iova: u64, size: u64) -> Verdict {
     let gone = unmapped(raw, iova, size)?;
     ensure(gone == 0, || {
@@ -176,7 +176,7 @@ fn unmaps_nothing(raw: &mut Raw, iova: u64, size: u64) -> Verdict {
     })
 }
 
-/// What an unmap says tells whether it was mapped. Whether it could be mapped again does not: some servers take a map twice.
+/// The reply to an unmap shows whether it was mapped. A second map does not show it, since some servers accept a map twice.
 fn is_mapped(raw: &mut Raw, iova: u64, size: u64, expected: bool) -> Verdict {
     let found = unmapped(raw, iova, size)? == size;
     ensure(found == expected, || {

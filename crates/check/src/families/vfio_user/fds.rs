@@ -1,4 +1,4 @@
-//! Fds where none are due, too many of them, and of the wrong kinds (`vfio-user.rst: VFIO_USER_DMA_MAP`, the capability
+//! Fds with messages that take none, too many fds, and fds of the wrong kind (`vfio-user.rst: VFIO_USER_DMA_MAP`, the capability
 //! *max_msg_fds*).
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -71,7 +71,7 @@ pub(super) fn checks() -> Vec<Check> {
     ]
 }
 
-/// A map, readable and writable, that needs what this fd is not.
+/// A readable and writable map with an fd of the wrong kind.
 fn bad_map(raw: &mut Raw, fd: &OwnedFd, what: &str) -> Verdict {
     raw.ask_with(Command::DMA_MAP, map(IOVA, PAGE).as_bytes(), &[fd.as_fd()])?
         .refused(&format!("DMA_MAP of {what}"))?;
@@ -84,7 +84,7 @@ fn pair() -> Result<(OwnedFd, OwnedFd), Stop> {
     Ok((ours.into(), theirs.into()))
 }
 
-/// Nobody holds the other end any more.
+/// Checks that no process holds the other end any more.
 fn closed(t: &Trial, ours: OwnedFd, theirs: OwnedFd) -> Verdict {
     drop(theirs);
     let closed = becomes_ready(t, &ours, PollFlags::RDHUP)?;

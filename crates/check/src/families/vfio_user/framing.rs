@@ -104,7 +104,7 @@ fn get_info(id: u16) -> Message {
     Message::command(id, Command::DEVICE_GET_INFO, info_request().as_bytes())
 }
 
-/// A header with a size that cannot be: nobody can tell where the next message begins, so it may be refused or end the
+/// A header with an impossible size: the beginning of the next message is unknown, so it may be refused or end the
 /// connection.
 fn odd_size(t: &Trial, size: u32) -> Verdict {
     let mut raw = Raw::open(t)?;
@@ -114,7 +114,7 @@ fn odd_size(t: &Trial, size: u32) -> Verdict {
     raw.goes_on(t, &answer)
 }
 
-/// A message that is no command: it is ignored or refused, or ends the connection.
+/// A message that is not a command: it is ignored or refused, or ends the connection.
 fn stray(t: &Trial, kind: u32, command: Command) -> Verdict {
     let mut raw = Raw::open(t)?;
     let mut message = Message::command(raw.id(), command, info_request().as_bytes());
@@ -198,7 +198,7 @@ fn posted(raw: &mut Raw, mut message: Message) -> Verdict {
     }
 }
 
-/// A client that is gone in the middle does not take the server along.
+/// A client that disconnects within a message does not end the server.
 fn cut(t: &Trial, bytes: usize) -> Result<(), Stop> {
     let mut raw = Raw::open(t)?;
     let message = get_info(raw.id());

@@ -74,7 +74,7 @@ pub(super) fn checks() -> Vec<Check> {
     ]
 }
 
-/// A request with room for less than the fixed part is refused, or answered with what it would take.
+/// Checks that a request with room for less than the fixed part is refused, or answered with the size that it needs.
 fn short<T: IntoBytes + FromBytes + zerocopy::Immutable>(
     raw: &mut Raw,
     command: Command,
@@ -97,7 +97,7 @@ fn region(raw: &mut Raw, index: u32, argsz: u32) -> Result<(RegionInfo, Body), S
     Ok((body.fixed()?, body))
 }
 
-/// Looks at every region, asked for with room for the fixed part.
+/// Requests every region, with room for the fixed part.
 pub(super) fn each_region(
     raw: &mut Raw,
     look: impl Fn(&mut Raw, u32, RegionInfo, &Body) -> Verdict,
@@ -107,7 +107,7 @@ pub(super) fn each_region(
     for index in 0..regions {
         let argsz = size_of::<RegionInfo>() as u32;
         let info = RegionInfo { argsz, index, ..RegionInfo::default() };
-        // A region that is not there may be refused.
+        // A missing region may be refused.
         if let Answer::Reply(body) = raw.ask(Command::DEVICE_GET_REGION_INFO, info.as_bytes())? {
             look(raw, index, body.fixed()?, &body)?;
         }

@@ -62,7 +62,7 @@ pub(super) fn checks() -> Vec<Check> {
             let irq = an_irq(raw, 1)?;
             let old = wired(raw, irq, 0)?;
             ask(raw, set(irq, NONE | TRIGGER, 0, 0), &[], &[])?.done("SET_IRQS of count 0")?;
-            // Whether it is obeyed does not matter, but that it is.
+            // It may be obeyed or refused, but has to be answered.
             ask(raw, set(irq, NONE | TRIGGER, 0, 1), &[], &[])?.answered("a trigger of a disabled index")?;
             let new = wired(raw, irq, 0)?;
             triggered(raw, irq, 0)?;
@@ -120,7 +120,7 @@ pub(super) fn checks() -> Vec<Check> {
     ]
 }
 
-/// A SET_IRQS that is refused, made for an index of the device.
+/// Checks that a SET_IRQS, made for an index of the device, is refused.
 fn refused(
     id: &'static str,
     clause: &'static str,

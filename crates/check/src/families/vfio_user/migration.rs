@@ -16,7 +16,7 @@ pub(super) fn checks() -> Vec<Check> {
         on_connection("vfio-user.feature-set-is-echoed", migration, &["feature.reply"], |_, raw| {
             let request = set_request(State::Stop);
             let body = raw.ask(Command::DEVICE_FEATURE, &request)?.done("SET MIG_DEVICE_STATE STOP")?;
-            // The data fd is unused here, and either side may say so.
+            // The data fd is not used here, and either side may decline it.
             let mut echo = body.bytes.clone();
             if echo.len() == request.len() {
                 echo[12..].copy_from_slice(&request[12..]);
@@ -99,7 +99,7 @@ pub(super) fn set(raw: &mut Raw, state: State) -> Verdict {
     raw.ask(Command::DEVICE_FEATURE, &set_request(state))?.done(&format!("SET {state}")).map(drop)
 }
 
-/// GET says this state.
+/// Checks that GET returns this state.
 pub(super) fn is(raw: &mut Raw, state: State) -> Verdict {
     let room = size_of::<FeatureMigState>() as u32;
     let request = FeatureHeader::new(FeatureIndex::MIG_DEVICE_STATE, FeatureOp::GET, room);

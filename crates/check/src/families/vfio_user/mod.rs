@@ -1,5 +1,5 @@
-//! The messages of a vfio-user server (`vfio-user.rst`), asked by a raw peer. Other families see a server through a client,
-//! which never sends what is checked here. No client is connected meanwhile.
+//! The messages of a vfio-user server (`vfio-user.rst`), tested by a raw peer. Other families use a server through a client,
+//! which never sends the messages tested here. No client is connected meanwhile.
 
 mod dma;
 mod fds;
@@ -57,7 +57,7 @@ fn on_wire(id: &'static str, needs: Needs, clauses: &[&'static str], body: fn(&T
     Check::new(Family::VfioUser, id, needs | Needs::WIRE, clauses, move |t| body(t))
 }
 
-/// What this host does not give the suite is no failure of the device.
+/// A lack of resources on this host is not a failure of the device.
 fn host<T>(made: rustix::io::Result<T>) -> Result<T, Stop> {
     made.map_err(|errno| Stop::Skip(format!("this host does not give the suite what it takes: {errno}")))
 }
@@ -98,7 +98,7 @@ fn unmap(iova: u64, size: u64) -> DmaUnmapMessage {
     DmaUnmapMessage { argsz: DmaUnmapMessage::BYTES as u32, flags: 0, address: iova, size }
 }
 
-/// Asks for a mapping that is reached by messages.
+/// Requests a mapping that is accessed by messages.
 fn ask_map(raw: &mut Raw, iova: u64, size: u64) -> Result<Answer, Stop> {
     raw.ask(Command::DMA_MAP, map(iova, size).as_bytes())
 }
@@ -107,7 +107,7 @@ fn ask_unmap(raw: &mut Raw, iova: u64, size: u64) -> Result<Answer, Stop> {
     raw.ask(Command::DMA_UNMAP, unmap(iova, size).as_bytes())
 }
 
-/// Maps, and holds that it succeeds.
+/// Maps, and checks that it succeeds.
 fn mapped(raw: &mut Raw, iova: u64, size: u64) -> Verdict {
     ask_map(raw, iova, size)?.done(&format!("DMA_MAP of {size:#x} bytes at {iova:#x}")).map(drop)
 }

@@ -1,4 +1,4 @@
-//! Clients that go, come again, and come while another is served (`vfio-user.rst: Client Disconnection, Socket`).
+//! Clients that disconnect, reconnect, and connect while another client is served (`vfio-user.rst: Client Disconnection, Socket`).
 
 use limosa_protocol::State;
 use limosa_protocol::info::RegionInfo;
@@ -60,7 +60,7 @@ pub(super) fn checks() -> Vec<Check> {
         }),
         on_wire("vfio-user.second-client-goes", none, &["second.harmless"], |t| {
             let mut first = Raw::open(t)?;
-            // Whether it gets as far as to connect is the server's choice.
+            // Whether it can connect is the server's choice.
             let _ = Raw::dial(t, "second ");
             first.in_step()?;
             drop(first);
@@ -70,7 +70,7 @@ pub(super) fn checks() -> Vec<Check> {
     checks
 }
 
-/// The device is in the state in which its client left it, and the next client is answered.
+/// Checks that the device is in the state in which its client left it, and that the next client is answered.
 fn is_kept(t: &Trial, state: State) -> Verdict {
     let mut raw = Raw::open(t)?;
     if state != State::Running {
@@ -86,7 +86,7 @@ fn is_kept(t: &Trial, state: State) -> Verdict {
     mapped(&mut next, IOVA, PAGE)?;
     match state {
         State::Running => Ok(()),
-        // It was loaded in part: what leads out is a reset, which is another check's.
+        // It was loaded in part: only a reset recovers it, which another check tests.
         State::Resuming => is(&mut next, state),
         _ => set(&mut next, State::Running).and_then(|()| is(&mut next, State::Running)),
     }

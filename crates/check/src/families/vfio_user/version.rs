@@ -105,7 +105,7 @@ pub(super) fn checks() -> Vec<Check> {
     ]
 }
 
-/// Proposes a version, which is agreed on by the rules; the reply, on whose connection messages are answered.
+/// Proposes a version, and checks that the reply follows the rules and that the connection answers messages. Returns the reply.
 fn proposed(t: &Trial, (major, minor): (u16, u16), data: &[u8]) -> Result<Body, Stop> {
     let what = format!("VERSION {major}.{minor} with {} bytes of data", data.len());
     let (mut raw, answer) = Raw::first(t, &[VersionMessage { major, minor }.as_bytes(), data].concat())?;
@@ -122,7 +122,7 @@ fn proposed(t: &Trial, (major, minor): (u16, u16), data: &[u8]) -> Result<Body, 
     Ok(reply)
 }
 
-/// A version that cannot be agreed on is refused, or the connection is closed; and the next client is served.
+/// Checks that a version without agreement is refused or closes the connection, and that the next client is served.
 fn not_agreed(t: &Trial, body: &[u8], what: &str) -> Verdict {
     let mut raw = Raw::dial(t, "")?;
     raw.ask(Command::VERSION, body)?.not_done(what)?;
@@ -155,7 +155,7 @@ fn capabilities(reply: &Body) -> Result<(Vec<String>, Value), Stop> {
     Ok((names, capabilities))
 }
 
-/// The limits are numbers that a client can work with.
+/// Checks that the limits are usable for a client.
 fn limits(t: &Trial) -> Verdict {
     let (_, all) = capabilities(&proposed(t, VERSION, b"{\"capabilities\":{}}\0")?)?;
     for name in ["max_msg_fds", "max_data_xfer_size", "max_dma_maps", "pgsizes"] {
