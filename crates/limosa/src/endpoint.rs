@@ -15,7 +15,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Opens all that is moved from here.
+    /// Opens everything that is moved from here.
     pub fn source(
         opening: Opening<'_>,
         names: &[&str],
@@ -30,7 +30,7 @@ impl Endpoint {
         Ok(Endpoint { devices: open_all(opening, names)?, memory: memory::open(memory, OpenMemory::source)? })
     }
 
-    /// Opens all that something is moved to.
+    /// Opens everything that is moved to.
     pub fn destination(opening: Opening<'_>, names: &[&str], memory: &[Memory]) -> anyhow::Result<Endpoint> {
         Ok(Endpoint {
             devices: open_all(opening, names)?,
@@ -53,7 +53,7 @@ impl Endpoint {
         DestinationPages::new(&self.memory)
     }
 
-    /// The devices, as the engine takes them.
+    /// The devices in the engine's form.
     pub fn moved(&self) -> Vec<MovedDevice<'_>> {
         self.devices.iter().map(|device| MovedDevice::new(&**device)).collect()
     }
@@ -63,7 +63,7 @@ impl Endpoint {
         &self.devices
     }
 
-    /// What there is to move from here: the guest's memory, and what devices say that they have. `None` where one does not.
+    /// The amount to move from here: the guest's memory, and the sizes that devices report. `None` if a device reports none.
     pub fn total_bytes(&self) -> Option<u64> {
         let devices = self.devices.iter().map(|device| device.mig_data_size().ok().flatten());
         let memory = self.memory.iter().map(|part| Some(part.size()));

@@ -13,7 +13,7 @@ use crate::terminal;
 pub struct Meaning {
     pub code: u8,
     pub meaning: &'static str,
-    /// What became of the source of a move.
+    /// The outcome for the source of a move.
     pub source: &'static str,
 }
 
@@ -120,12 +120,12 @@ pub fn error(code: Code, message: impl Into<String>) -> anyhow::Error {
     Exit { code, message: message.into() }.into()
 }
 
-/// The error for what is done and not undone by what failed behind it. `done` is what: "moved".
+/// The error for a success that is followed by failures which do not undo it. `done` names it: "moved".
 pub fn but(done: impl fmt::Display, failures: &[String]) -> anyhow::Error {
     error(Code::DoneBut, format!("{done}, but {}", failures.join("; ")))
 }
 
-/// An error with what else is known: the report of the move that failed.
+/// An error with the report of the failed move.
 #[derive(Debug)]
 struct Reported {
     error: anyhow::Error,
@@ -210,7 +210,7 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Code> {
     })
 }
 
-/// Whether an error of opening a device says that somebody else has it open. EINVAL is the kernel's answer to a
+/// Whether an error of opening a device means that another process has it open. EINVAL is the kernel's answer to a
 /// second opening of a cdev.
 pub fn is_in_use(error: &limosa_client::Error) -> bool {
     use limosa_client::Error;
@@ -233,7 +233,7 @@ fn unreachable(errno: Errno) -> bool {
         Errno::EACCES,
         Errno::EPERM,
         Errno::ECONNREFUSED,
-        // In use, unplugged, or bound to a driver that is none of VFIO's.
+        // In use, unplugged, or bound to a driver that is not a VFIO driver.
         Errno::EBUSY,
         Errno::ENODEV,
         Errno::ENXIO,
@@ -265,7 +265,7 @@ fn of_move(error: &limosa_migrate::Error) -> Option<Code> {
     })
 }
 
-/// The code of an error of something that a path or an address names, where the error says enough.
+/// The code of an error about a path or an address, if the error says enough.
 fn of_path(error: &io::Error) -> Option<Code> {
     use io::ErrorKind;
     Some(match error.kind() {
@@ -278,7 +278,7 @@ fn of_path(error: &io::Error) -> Option<Code> {
         | ErrorKind::TimedOut => Code::Unreachable,
         ErrorKind::AlreadyExists => Code::Refused,
         ErrorKind::InvalidData => Code::Damaged,
-        // A socket, or a device that is not there.
+        // A socket, or a device that does not exist.
         _ if error.raw_os_error() == i32::try_from(Errno::ENXIO.raw()).ok() => Code::Unreachable,
         _ => return None,
     })
@@ -309,12 +309,12 @@ pub fn message(error: &anyhow::Error) -> String {
     }
 }
 
-/// Whether a message is about the thing of this name.
+/// Whether a message begins with this name.
 fn begins_with_name(message: &str, name: &str) -> bool {
     message.strip_prefix(name).is_some_and(|rest| rest.starts_with(": ") || rest.starts_with(' '))
 }
 
-/// The option of the command by which a move may succeed that has failed so.
+/// The option of the command with which a move may succeed that failed with this error.
 fn remedy(error: &limosa_migrate::Error) -> Option<&'static str> {
     use limosa_migrate::{Error, Obstacle};
     match error {

@@ -1,5 +1,5 @@
-//! The states in which devices are found, before anything is touched: which of them cannot be moved, or moved to, and the
-//! command that leads out of each.
+//! The states in which devices are found before a move: which of them prevent a move from or to the device, and the command
+//! that leads out of each.
 
 use limosa_client::DeviceExt;
 use limosa_protocol::State;
@@ -10,8 +10,8 @@ use crate::moved::Moved;
 use crate::moves::{Moves, Note};
 use crate::open::Opened;
 
-/// Refuses devices that cannot be moved as they are found. One in STOP is moved only where that is meant (`stopped`): an
-/// earlier move has left it so, or somebody has paused its guest, and only the user knows which.
+/// Refuses devices that cannot be moved in their current state. A device in STOP is moved only if that is intended (`stopped`):
+/// an earlier move has left it so, or its guest was paused, and only the user knows which.
 pub fn check_source(devices: &[Opened], stopped: bool, moves: &Moves) -> anyhow::Result<()> {
     refuse(devices, |device, state| match state {
         State::Running => None,
@@ -29,7 +29,7 @@ pub fn check_destination(devices: &[Opened], moves: &Moves) -> anyhow::Result<()
     })
 }
 
-/// Refuses to stop, with the guest, the server of a device: it would not answer any more, and the move waits for it.
+/// Refuses to stop the server of a device together with the guest: it would no longer answer, and the move would wait for it.
 pub fn check_stop_with<'a>(
     stopping: &Stopping,
     devices: impl Iterator<Item = &'a Opened> + Clone,
@@ -55,7 +55,7 @@ fn refuse(devices: &[Opened], why: impl Fn(&Opened, State) -> Option<String>) ->
     }
 }
 
-/// `None` for a device that has no state, or does not tell: the move says why that is so.
+/// `None` for a device that has no state, or does not return it: the move reports why.
 fn state(device: &Opened) -> Option<State> {
     let flags = device.migration_flags().ok().filter(|flags| !flags.is_empty());
     flags.and_then(|_| device.state().ok())
@@ -79,7 +79,7 @@ fn in_stop(name: &str, moves: &Moves) -> String {
     )
 }
 
-/// The work that a command which died has left, or that another command is doing.
+/// The unfinished work of a command that died, or the work of another command that still runs.
 fn left(name: &str, state: State, question: &str, moves: &Moves) -> String {
     if let Some(what) = noted(name, moves) {
         return format!("{name} is in {state}, RUNNING or STOP is expected; {question} {what}");
@@ -103,7 +103,7 @@ fn left(name: &str, state: State, question: &str, moves: &Moves) -> String {
     format!("{name} is in {state}, RUNNING or STOP is expected; {what}")
 }
 
-/// What is to be known before a person lets a device run whose last move may have ended elsewhere.
+/// A warning for a person who is about to let a device run although its guest may run elsewhere.
 pub fn doubt(name: &str, moves: &Moves) -> Option<String> {
     let doubts = moves.notes().ok()?.doubts;
     let doubt = doubts.iter().rfind(|doubt| doubt.halted.is_of(name))?;
@@ -113,7 +113,7 @@ pub fn doubt(name: &str, moves: &Moves) -> Option<String> {
     ))
 }
 
-/// The note of a move of this device that is not settled. Notes that cannot be read are no reason to refuse a device.
+/// The note of a move of this device that is not settled. A device is not refused because of notes that cannot be read.
 fn noted(name: &str, moves: &Moves) -> Option<String> {
     let note = moves.notes().ok()?.into_all().into_iter().rfind(|note| note.halted().is_of(name))?;
     let id = note.id();

@@ -1,5 +1,5 @@
 //! The machine around the devices, as far as the command can stop and start it: processes by signals, anything else by
-//! commands of the user's.
+//! commands of the user.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -25,7 +25,7 @@ pub struct Guest<'a> {
     devices: &'a [Opened],
     /// The move for which devices may have been told to stay.
     stays_for: Mutex<Option<MigrationId>>,
-    /// Whether the guest may have been stopped by a command, so that another one lets it go on.
+    /// Whether the guest may have been stopped by a command, so that another command resumes it.
     is_stopped_by_command: AtomicBool,
     standstill: Standstill,
     /// Processes that were stopped and have ended since, for the message if the guest has to go on.
@@ -46,8 +46,8 @@ impl<'a> Guest<'a> {
         Ok(Guest { processes, on_stop, on_resume, noting, devices, ..Guest::default() })
     }
 
-    /// On a source whose process is gone: those that it stopped, and how a user lets the guest go on that was stopped by
-    /// a command.
+    /// On a source whose process is gone: the processes that it stopped, and the user's command that resumes a guest which was
+    /// stopped by a command.
     pub fn stopped_before(stopped: &[Stopped], on_resume: Option<&'a str>) -> Guest<'a> {
         let mut guest = Guest { on_resume, is_stopped_by_command: true.into(), ..Guest::default() };
         for stopped in stopped {
@@ -64,17 +64,17 @@ impl<'a> Guest<'a> {
         Guest { on_start: starting.on_start.as_deref(), ..Guest::default() }
     }
 
-    /// The processes that stand still with the guest.
+    /// The processes that are stopped with the guest.
     fn stopped(&self) -> impl Iterator<Item = &Process> {
         self.processes.iter().filter(|process| process.was_stopped())
     }
 
-    /// Whether a process stands still that could not be set going.
+    /// Whether a stopped process could not be resumed.
     pub fn stays_stopped(&self) -> bool {
         self.stopped().any(|process| !process.is_gone())
     }
 
-    /// Forgets the notes of a move whose end is known, unless a process could not be set going after it.
+    /// Removes the notes of a move whose end is known, unless a process could not be resumed after it.
     pub fn forget(&self, outcome: &Outcome) {
         let is_settled = match outcome {
             Outcome::Moved(_) => true,
@@ -141,7 +141,7 @@ impl Vmm for Guest<'_> {
             self.is_stopped_by_command.store(true, Ordering::Relaxed);
             hook::run(command, Leftovers::Killed).map_err(|why| format!("--on-stop `{command}`: {why}"))?;
         }
-        // All are told before one is waited for.
+        // All are told to stop before the first is waited for.
         self.processes.iter().try_for_each(Process::stop)?;
         self.processes.iter().try_for_each(Process::wait_until_stopped)
     }

@@ -1,5 +1,5 @@
-//! A user's command around a move, such as `--on-stop`: run by the shell, in a process group of its own. Its processes are known
-//! by that, and those that leave it by a variable in their environment.
+//! A user's command around a move, such as `--on-stop`: run by the shell, in a process group of its own. Its processes are found
+//! by that group, and processes that leave the group by a variable in their environment.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -20,12 +20,12 @@ const VARIABLE: &str = "LIMOSA_HOOK";
 /// How long a command may take, and its processes to be gone once they are killed.
 pub const HOOK_MAX: Duration = Duration::from_secs(10);
 
-/// The fate of processes that a hook has started and that outlive it, when it fails or takes too long.
+/// What happens to processes that a hook has started and that outlive it, when it fails or takes too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leftovers {
     /// They are killed and have ended when this returns, so that they do no more work.
     Killed,
-    /// They are left: one of them may be the guest.
+    /// They are left running: one of them may be the guest.
     Left,
 }
 
@@ -91,7 +91,7 @@ fn succeeded(pid: Pid) -> io::Result<bool> {
     Ok(status.and_then(|status| status.exit_status()) == Some(0))
 }
 
-/// Kills what is left of a command, until nothing is. The kernel tells nobody but the parents of processes that they are gone.
+/// Kills the remaining processes of a command, until none is left. The kernel notifies only the parents of processes of their end.
 fn kill_all(group: Pid, mark: &str) -> io::Result<()> {
     let began = Instant::now();
     loop {

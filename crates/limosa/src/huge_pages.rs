@@ -1,5 +1,5 @@
-//! Memory files on hugetlbfs: their pages cannot be written but by a mapping, are given out by the system in advance, and
-//! may be too few. All of that is found out before anything is moved.
+//! Memory files on hugetlbfs: their pages can be written only through a mapping, are reserved by the system in advance, and may
+//! be too few. All of that is checked before anything is moved.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -53,7 +53,7 @@ impl HugePages {
         format!("/sys/kernel/mm/hugepages/hugepages-{}kB", self.0 >> 10)
     }
 
-    /// How many can still be had.
+    /// The number of pages that are still available.
     fn free(self) -> Option<u64> {
         let number = |name: &str| -> Option<u64> {
             fs::read_to_string(format!("{}/{name}", self.folder())).ok()?.trim().parse().ok()

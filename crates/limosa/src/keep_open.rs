@@ -19,15 +19,15 @@ use crate::signals;
 /// Whether a command leaves something in the device that a user may want to keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leaves {
-    /// A state that was loaded, or one that it was driven to.
+    /// A loaded state, or the migration state that the command set.
     State,
-    /// Nothing that was not there before.
+    /// Nothing new.
     Nothing,
 }
 
-/// Ends a command on these devices: keeps them open if asked to, else says what closing them means.
+/// Ends a command on these devices: keeps them open if that was requested, else reports the effect of closing them.
 ///
-/// A failed command ends at once; not so one that leaves its devices in doubt, or has moved something before it failed,
+/// A failed command ends at once, except one that leaves its devices in doubt, or has moved something before it failed,
 /// since they may hold the only copy of what was moved.
 pub fn end(
     done: anyhow::Result<()>,
@@ -42,7 +42,7 @@ pub fn end(
     let leaves_state = in_doubt || (is_done && leaves == Leaves::State);
     if keep_open && (in_doubt || is_done) {
         if let Err(error) = &done {
-            // It is said now, not when somebody ends the wait.
+            // Report it now, and not only when the wait ends.
             exit::tell(error, out);
         }
         let kept = until_told(devices, out);
@@ -65,7 +65,7 @@ fn what_closing_does(device: &Opened) -> &'static str {
     }
 }
 
-/// Holds the devices until a signal, or until the kernel asks for one of them.
+/// Keeps the devices open until a signal, or until the kernel asks for one of them.
 fn until_told(devices: &[Opened], out: &Output) -> anyhow::Result<()> {
     let end = Cancel::new().context("cannot make an eventfd")?;
     let on_signal = end.clone();

@@ -51,7 +51,7 @@ impl Links {
     }
 
     /// For links to this address. Checks that a name is known for the destination's certificate, or that the links stay within
-    /// this host, unless the user accepts other ones without TLS. At a UNIX socket only servers of these users are spoken to.
+    /// this host, unless the user accepts other ones without TLS. At a UNIX socket only servers of these users are accepted.
     pub fn to(address: &Address, args: &args::Tls, servers: &[User]) -> anyhow::Result<Links> {
         let links = Links { servers: servers.to_vec(), ..Links::new(args)? };
         match &links.tls {
@@ -101,7 +101,7 @@ impl Links {
         }
     }
 
-    /// Whether links may not leave this host, since they are not under TLS.
+    /// Whether links must not leave this host, since they are not under TLS.
     fn stays_within_host(&self) -> bool {
         self.tls.is_none() && !self.is_insecure
     }
@@ -109,7 +109,7 @@ impl Links {
     /// Limits what all links together send, in bytes per second.
     pub fn limited(self, bandwidth: Option<u64>, silence: Duration) -> anyhow::Result<Links> {
         if let Some(bytes_per_second) = bandwidth {
-            // A frame has to arrive before the other side takes its delay for silence.
+            // A frame has to arrive before the other side mistakes its delay for silence.
             let least = (2.0 * DATA_BYTES_MAX as f64 / silence.as_secs_f64()).ceil() as u64;
             if bytes_per_second < least {
                 let what = format!(
@@ -194,7 +194,7 @@ pub fn address(text: &str) -> anyhow::Result<Address> {
         )),
         Ok(address) => Ok(address),
         Err(error) => {
-            // A file is no address here.
+            // A file is not an address here.
             let error = link::AddressError::to_string(&error);
             let why = error.split_once("; expected").map_or(&*error, |(why, _)| why);
             Err(exit::error(Code::Usage, format!("{why}; expected unix:PATH or tcp:HOST:PORT")))

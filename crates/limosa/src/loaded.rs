@@ -1,5 +1,5 @@
-//! The moves that devices here were loaded by: a note of each, so that a person who looks at the destination of a move in
-//! doubt sees whether it is this move that is in the device. How the move ended is in the ledger's record, not in the note.
+//! Notes of the moves that were loaded into devices of this machine, so that a person who looks at the destination of a move in
+//! doubt sees whether that move is in the device. How the move ended is in the ledger's record, not in the note.
 
 use std::fmt;
 use std::fs::File;
@@ -63,7 +63,7 @@ impl Load {
     }
 }
 
-/// How a move that was loaded into a device ended, as far as it is known here.
+/// The outcome of a move that was loaded into a device, as far as it is known here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
@@ -100,7 +100,7 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// The last move that a device was loaded by.
+/// The last move that was loaded into a device.
 #[derive(Clone, Debug, Serialize)]
 pub struct LoadedBy {
     pub id: String,
@@ -191,7 +191,7 @@ impl Moves {
         Ok(Loading { folder, name, _locked: locked })
     }
 
-    /// The last move that the device was loaded by, as far as it is noted in this folder.
+    /// The last move that was loaded into the device, according to the notes in this folder.
     pub fn loaded_by(&self, device: &Opened) -> Option<LoadedBy> {
         let folder = PrivateFolder::open(self.folder()).ok().flatten()?;
         let identity = open::identity(device.given())?;

@@ -57,7 +57,7 @@ fn main() -> ExitCode {
         Err(error) if error.use_stderr() => {
             return ExitCode::from(exit::tell_usage(&error, &Output::new(json_is_asked_for(), None)) as u8);
         }
-        // It is what was asked for: the help, or the version.
+        // The user asked for the help or the version.
         Err(error) => error.exit(),
     };
     log::begin(cli.verbose, cli.log_json);

@@ -1,4 +1,4 @@
-//! The guest memory that a user named: opened, and refused where it cannot be one guest's.
+//! The guest memory that a user named: opened, and refused if it cannot be the memory of one guest.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -77,19 +77,19 @@ impl OpenMemory {
             .map_err(fails)
             .and_then(|huge_pages| Ok((measure(named, &file, huge_pages, fails)?, huge_pages)));
         if let (Err(_), Some(made)) = (&measured, made) {
-            // Nobody has used it.
+            // It was not used yet.
             let _ = made.remove();
         }
         let (size, huge_pages) = measured?;
         Ok(OpenMemory { named: named.clone(), file, size, huge_pages })
     }
 
-    /// How long it is, in bytes.
+    /// Its size in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Its first address and the one behind its last.
+    /// Its first address, and the address after its last.
     fn range(&self) -> (u128, u128) {
         (self.named.address.into(), u128::from(self.named.address) + u128::from(self.size))
     }
@@ -106,7 +106,7 @@ impl OpenMemory {
         Ok(is_one_file && start < other_start + other.size && other_start < start + self.size)
     }
 
-    /// Mapped where that can be.
+    /// Mapped, if that is possible.
     fn pages(&self) -> anyhow::Result<FilePages> {
         self.mapped().or_else(|_| Ok(FilePages::new(self.file.try_clone()?, self.named.offset)))
     }
@@ -130,7 +130,7 @@ impl OpenMemory {
     }
 }
 
-/// A refusal that nothing but the user's command can change.
+/// A refusal that only another command line can change.
 fn refusal(what: impl Into<String>) -> io::Error {
     io::Error::other(what.into())
 }
@@ -181,7 +181,7 @@ fn open_entry(named: &Memory, entry: &Entry, to: Use) -> io::Result<(File, bool)
     check(named, &entry.stat()?)?;
     let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = match entry.open(OFlags::RDWR | flags) {
-        // Memory that may only be read cannot be mapped, and moves all the same.
+        // Read-only memory cannot be mapped, but can be moved.
         Err(error) if to == Use::Read && is_denied(&error) => entry.open(OFlags::RDONLY | flags)?,
         opened => opened?,
     };
@@ -189,7 +189,7 @@ fn open_entry(named: &Memory, entry: &Entry, to: Use) -> io::Result<(File, bool)
     Ok((file, false))
 }
 
-/// How much of the file it is. Makes the file long enough, where that is asked for.
+/// The number of bytes of the file. Extends the file, if that is requested.
 fn measure(
     named: &Memory,
     file: &File,
@@ -224,13 +224,13 @@ fn measure(
     Ok(size)
 }
 
-/// A file that was made here, given to its owner. It is the owner's alone, as it holds the guest's secrets.
+/// Gives a file that was created here to its owner. Only the owner may access it, as it holds the guest's secrets.
 fn given(named: &Memory, entry: &Entry, file: File) -> io::Result<File> {
     let Some(owner) = named.owner.filter(|owner| *owner != User::current()) else { return Ok(file) };
     let done = rustix::fs::fchown(&file, Some(Uid::from_raw(owner.0)), None);
     done.map(|()| file).map_err(|errno| {
         let error = io::Error::from(errno);
-        // Nobody has used it.
+        // It was not used yet.
         let _ = entry.remove();
         io::Error::new(error.kind(), format!("giving it to {owner}, as owner= says: {error}; run as root"))
     })
@@ -261,7 +261,7 @@ fn check(named: &Memory, found: &rustix::fs::Stat) -> io::Result<()> {
         }
         _ => {}
     }
-    // The other name may be one that its owner gave it for another purpose.
+    // Its owner may have given it the other name for another purpose.
     match found.st_nlink {
         0 | 1 => Ok(()),
         names => Err(refusal(format!("the file has {names} names (hard links); expected this one alone"))),
@@ -319,16 +319,16 @@ fn apart(
     Ok(())
 }
 
-/// Memory to be read, and how changes to it are noticed.
+/// Memory to be read, and how changes to it are detected.
 pub enum SourcePages {
-    /// By comparing: all writes are noticed, of any writer.
+    /// By comparison: all writes of any writer are detected.
     Compared(Vec<Fingerprinted<FilePages>>),
-    /// By the devices' own logs: nobody else writes.
+    /// By the devices' own logs: nothing else writes.
     Plain(Vec<FilePages>),
 }
 
 impl SourcePages {
-    /// Of these parts; `compared` if somebody writes who is logged nowhere.
+    /// Of these parts; `compared` if there is a writer that no log covers.
     pub fn new(parts: &[OpenMemory], compared: bool) -> anyhow::Result<SourcePages> {
         if !compared || parts.is_empty() {
             return Ok(SourcePages::Plain(
@@ -340,7 +340,7 @@ impl SourcePages {
         Ok(SourcePages::Compared(pages.collect::<anyhow::Result<_>>()?))
     }
 
-    /// As the engine takes it.
+    /// In the engine's form.
     pub fn regions<'a>(&'a self, parts: &[OpenMemory]) -> Vec<MemoryRegion<'a>> {
         let pages: Vec<&dyn GuestPages> = match self {
             SourcePages::Compared(pages) => pages.iter().map(|pages| pages as &dyn GuestPages).collect(),
@@ -349,7 +349,7 @@ impl SourcePages {
         regions(parts, pages)
     }
 
-    /// The log, where it is one that compares.
+    /// The log, if it compares memory.
     pub fn log(&self) -> Option<FingerprintLog<'_, FilePages>> {
         match self {
             SourcePages::Compared(pages) => Some(FingerprintLog { regions: pages.iter().collect() }),
@@ -367,7 +367,7 @@ impl DestinationPages {
         Ok(DestinationPages(parts.iter().map(OpenMemory::pages_to_write).collect::<anyhow::Result<_>>()?))
     }
 
-    /// As the engine takes it.
+    /// In the engine's form.
     pub fn regions<'a>(&'a self, parts: &[OpenMemory]) -> Vec<MemoryRegion<'a>> {
         regions(parts, self.0.iter().map(|pages| pages as &dyn GuestPages).collect())
     }

@@ -1,5 +1,5 @@
-//! Devices that were moved from here, or saved to go on elsewhere: a note of the last time for each device, so that a
-//! device in STOP can be told from one that was only paused.
+//! Devices that were moved from here, or saved to run elsewhere: a note of the last move of each device, to distinguish a moved
+//! device in STOP from a paused one.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,7 +11,7 @@ use crate::open;
 
 /// The end of a note's name, after the move's id.
 const MOVED: &str = ".moved";
-/// How many notes are kept, of other devices each.
+/// The number of notes that are kept, each of another device.
 const KEPT: usize = 64;
 
 /// The note of a move that is done.
@@ -28,7 +28,7 @@ pub struct Moved {
 }
 
 impl Moved {
-    /// Whether it is one of these devices that was moved, and no other one of the same name.
+    /// Whether it is one of the moved devices, and not another device with the same name.
     fn is_of(&self, name: &str) -> bool {
         let Some(identity) = open::identity(name) else { return false };
         (0..self.halted.devices.len()).any(|at| self.halted.known(at).identity.as_ref() == Some(&identity))
@@ -71,7 +71,7 @@ impl Moves {
         }
     }
 
-    /// The last move of this device, as far as it is remembered.
+    /// The last move of this device, if it is noted.
     pub fn last(&self, name: &str) -> Option<Moved> {
         let folder = PrivateFolder::open(self.folder()).ok().flatten()?;
         read(&folder).ok()?.into_iter().rfind(|moved| moved.is_of(name))

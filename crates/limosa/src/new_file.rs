@@ -11,8 +11,8 @@ use rustix::io::Errno;
 
 use crate::exit::{self, Code};
 
-/// Refuses a path that names no file (usage), and one at which something else than a file is (refused), or a file that may not be
-/// replaced. The file is still created with the system's own checks.
+/// Refuses a path that does not name a file (usage), or at which there is something other than a file, or a file that may not be
+/// replaced (refused). The file is still created with the system's own checks.
 pub fn check(path: &Path, option: &str, replace: bool) -> anyhow::Result<()> {
     let name = path.display();
     let refused = |code, what: &str| Err(exit::error(code, format!("{option}{name}: {what}")));
@@ -59,7 +59,7 @@ pub fn open(path: &Path, options: &mut OpenOptions, flags: OFlags) -> io::Result
     Ok(file)
 }
 
-/// What it is that is no regular file.
+/// The kind of a file that is not a regular one.
 fn other_than_file(found: FileType) -> Option<&'static str> {
     Some(match () {
         () if found.is_file() => return None,

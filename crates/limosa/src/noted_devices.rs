@@ -1,4 +1,4 @@
-//! The devices of a note, opened as far as they are still there: one that is gone holds up no other.
+//! The devices of a note, opened as far as they still exist: a missing device does not block the others.
 
 use limosa_protocol::Errno;
 
@@ -6,17 +6,17 @@ use crate::exit::{self, Code};
 use crate::moves::Halted;
 use crate::open::{self, Opened, Opening};
 
-/// The devices of a note, each with its place in it.
+/// The devices of a note, each with its index in the note.
 pub struct NotedDevices {
     pub open: Vec<(usize, Opened)>,
-    /// Devices that are no more, and why.
+    /// Devices that no longer exist, and why.
     pub gone: Vec<(usize, String)>,
-    /// Devices that may still be there.
+    /// Devices that may still exist.
     pub unreachable: Vec<(usize, anyhow::Error)>,
 }
 
 impl NotedDevices {
-    /// Opens them. `given` is what the user calls one of them now.
+    /// Opens them. `given` is the name by which the user means one of them now.
     pub fn open(opening: Opening<'_>, halted: &Halted, given: Option<&str>) -> NotedDevices {
         let mut devices = NotedDevices { open: Vec::new(), gone: Vec::new(), unreachable: Vec::new() };
         if halted.is_of_another_boot() {
@@ -52,7 +52,7 @@ impl NotedDevices {
     }
 }
 
-/// Whether nobody serves the device any more.
+/// Whether no process serves the device any more.
 fn is_gone(error: &anyhow::Error) -> bool {
     let refused = |cause: &limosa_client::Error| {
         matches!(cause, limosa_client::Error::Os { errno: Errno::ECONNREFUSED, .. })

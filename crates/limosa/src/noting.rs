@@ -1,5 +1,5 @@
-//! [`Noting`]: the notes that a move or a save leaves on its source, so that `limosa resolve` finds what stands still
-//! however this process ends.
+//! [`Noting`]: the notes that a move or a save leaves on its source, so that `limosa resolve` finds everything that is
+//! stopped, however this process ends.
 
 use std::fs::File;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -30,7 +30,7 @@ pub enum Target {
 
 /// The devices of an endpoint, as they are noted.
 pub fn devices_of(endpoint: &Endpoint) -> anyhow::Result<Halted> {
-    // A device that does not say its state is refused by the engine.
+    // The engine refuses a device that does not return its state.
     let known = endpoint.devices().iter();
     let known = known.map(|device| Known::new(open::identity(device.given()), device.state().ok()));
     let known = known.collect();
@@ -55,7 +55,7 @@ pub struct Noting {
     target: Target,
     /// The id of the note of the stop.
     stop: String,
-    /// The notes that are there, locked by this process.
+    /// The existing notes, locked by this process.
     written: Mutex<Written>,
 }
 
@@ -66,7 +66,7 @@ struct Written {
 }
 
 impl Noting {
-    /// Opens the folder, and looks at the devices. Nothing is noted yet.
+    /// Opens the folder, and examines the devices. Nothing is noted yet.
     pub fn new(moves: &Moves, endpoint: &Endpoint, target: Target) -> anyhow::Result<Noting> {
         let (folder, halted) = (moves.open()?, devices_of(endpoint)?);
         let (stop, written) = (MigrationId::random()?.to_string(), Mutex::default());
@@ -107,17 +107,17 @@ impl Noting {
         let note = Doubt { id, secret, peer, halted, to, saved, here, tls, stop, load };
         let file = self.write(&name, &note)?;
         written.doubt = Some((note, file));
-        // From here on the other note says nothing more. If it cannot be removed, it is known to be replaced.
+        // This note replaces the other one, also if that cannot be removed.
         self.forget_stop(&mut written);
         Ok(())
     }
 
-    /// Everything that was stopped before the commit goes on.
+    /// Everything that was stopped before the commit has been resumed.
     pub fn goes_on(&self) {
         self.forget_stop(&mut self.written());
     }
 
-    /// How the move has ended is known, and nothing stands still that should not. A move that is done is remembered.
+    /// The outcome of the move is known, and everything that should run has been resumed. Notes a move that is done.
     pub fn settled(&self, is_moved: bool) {
         let mut written = self.written();
         self.forget_stop(&mut written);

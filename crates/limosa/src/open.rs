@@ -1,4 +1,4 @@
-//! From the name that a user gave to a device.
+//! Opens the device that a user's name means.
 
 use std::io;
 use std::ops::Deref;
@@ -18,7 +18,7 @@ use crate::exit::{self, Code};
 use crate::open_elsewhere::{self, OpenElsewhere};
 use crate::wrong_socket;
 
-/// The forms of a name, for those whose name has none of them.
+/// The forms of a name, for messages about names of another form.
 const FORMS: &str =
     "`limosa probe` lists the kernel's devices, and `limosa probe --help` says how devices are named";
 
@@ -29,16 +29,15 @@ pub struct Opening<'a> {
     pub limit: Duration,
     /// How long a change of the migration state, or a reset, may take by vfio-user.
     pub state_limit: Duration,
-    /// Which door of the kernel's to go through; by default what the name is a node of, else the cdev, else the
-    /// group.
+    /// The kernel's interface to use; by default the one whose node was named, else the cdev, else the group.
     pub door: Option<Door>,
     /// The users whose vfio-user servers, and destinations at UNIX sockets, are trusted.
     pub servers: &'a [User],
-    /// The role that is asked of a vfio-user server that knows roles.
+    /// The role that is requested from a vfio-user server that supports roles.
     pub role: Role,
 }
 
-/// The same for threads that may outlive the caller, as those do whose device hangs.
+/// The same for threads that may outlive the caller, such as threads whose device hangs.
 #[derive(Clone, Debug)]
 pub struct Opener {
     pub limit: Duration,
@@ -77,7 +76,7 @@ enum Transport {
     VfioUser(Client),
     /// Opened here: the kernel closes it with this process.
     Kernel(KernelDevice),
-    /// Borrowed from a process that holds it, and goes on to.
+    /// Borrowed from a process, which keeps it open.
     Borrowed(KernelDevice),
 }
 
@@ -93,7 +92,7 @@ impl Deref for Opened {
 }
 
 impl Opened {
-    /// The device, if it is one of the kernel's.
+    /// The device, if it is a kernel device.
     pub fn kernel(&self) -> Option<&KernelDevice> {
         match &self.transport {
             Transport::VfioUser(_) => None,
@@ -109,7 +108,7 @@ impl Opened {
         }
     }
 
-    /// The fd of a device of the kernel's.
+    /// The fd of a kernel device.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.kernel().map(AsFd::as_fd)
     }
@@ -130,7 +129,7 @@ impl Opened {
         Some(format!("/proc/{}/fd/{fd}", std::process::id()))
     }
 
-    /// The process that serves it, where it is behind a socket and that process can be seen from here.
+    /// The process that serves it, if it is behind a socket and that process is visible from here.
     pub fn server(&self) -> Option<i32> {
         self.vfio_user()?.server_process()
     }
@@ -143,7 +142,7 @@ impl Opened {
         }
     }
 
-    /// How the user named it.
+    /// The name that the user gave.
     pub fn given(&self) -> &str {
         &self.name
     }
@@ -153,7 +152,7 @@ impl Opened {
 enum Named {
     Descriptor(Descriptor),
     Kernel(Name),
-    /// The path of a socket, or of nothing.
+    /// The path of a socket, or a path where nothing is.
     Path(PathBuf),
 }
 
@@ -299,12 +298,12 @@ fn hint(error: &Error) -> &'static str {
     }
 }
 
-/// Whether this is the name of a socket, and not one of the kernel's.
+/// Whether this is the name of a socket, and not that of a kernel device.
 pub fn is_socket_path(name: &str) -> bool {
     matches!(Named::parse(name), Named::Path(_))
 }
 
-/// Whether two names are those of one device.
+/// Whether two names mean the same device.
 pub fn same(one: &str, other: &str) -> bool {
     let of = |name: &str| (identity(name), Named::parse(name));
     match (of(one), of(other)) {
@@ -319,8 +318,8 @@ pub fn same(one: &str, other: &str) -> bool {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Identity {
-    /// A socket: its inode, the file system that this is on, and when a server made it, in seconds and nanoseconds since
-    /// 1970. Inodes are used again.
+    /// A socket: its inode, the file system of that, and the time when a server created it, in seconds and nanoseconds since
+    /// 1970, since inodes are reused.
     Socket { device: u64, inode: u64, made: (i64, i64) },
     /// A device's place in sysfs.
     Kernel(PathBuf),

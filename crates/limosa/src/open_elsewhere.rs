@@ -43,7 +43,7 @@ pub fn lasting_name(descriptor: Descriptor) -> String {
     format!("/proc/{process}/fd/{}", descriptor.number())
 }
 
-/// Where a device that a process holds is in sysfs, as far as the kernel tells.
+/// The path in sysfs of a device that a process has open, if the kernel reports it.
 pub fn sysfs_path(descriptor: Descriptor) -> Option<PathBuf> {
     match look_at(&Path::new("/proc").join(descriptor.process()), &descriptor.number().to_string())? {
         What::Device(place) => place,
@@ -54,7 +54,7 @@ pub fn sysfs_path(descriptor: Descriptor) -> Option<PathBuf> {
 /// The link of a device's fd in `/proc` if it was opened through its group. Links of files begin with a slash.
 const OF_GROUP: &str = "anon_inode:[vfio-device]";
 
-/// A node of VFIO's. It is known by its device number: a process can give the name to any file, in a mount namespace of its
+/// A node of VFIO. It is recognized by its device number: a process can give the name to any file, in a mount namespace of its
 /// own.
 #[derive(Debug, PartialEq, Eq)]
 enum Node {
@@ -65,7 +65,7 @@ enum Node {
 }
 
 impl Node {
-    /// The node with this device number, if it is one of VFIO's.
+    /// The node with this device number, if it is a VFIO node.
     fn find(major: u32, minor: u32) -> Option<Node> {
         Node::of(&fs::canonicalize(format!("/sys/dev/char/{major}:{minor}")).ok()?)
     }
@@ -81,8 +81,8 @@ impl Node {
     }
 }
 
-/// The kind of a process's fd, if it belongs to VFIO. Newer kernels say in fdinfo where a device is in sysfs; before,
-/// the node of a cdev tells, or the group of a process that has no other.
+/// The kind of a process's fd, if it belongs to VFIO. Newer kernels report the path in sysfs in fdinfo; for older
+/// ones it follows from the node of a cdev, or from the group of a process that has only one.
 fn look_at(process: &Path, fd: &str) -> Option<What> {
     let what = what(process, fd)?;
     if matches!(what, What::Group(_)) {
@@ -107,7 +107,7 @@ fn look_at(process: &Path, fd: &str) -> Option<What> {
     }
 }
 
-/// The kind of a process's fd, by its link and its device number alone. The kernel tells what it knows: a file system in
+/// The kind of a process's fd, by its link and its device number alone. The kernel knows both: a file system in
 /// user space is not asked, as it might never answer.
 fn what(process: &Path, fd: &str) -> Option<What> {
     let link = process.join("fd").join(fd);
@@ -142,7 +142,7 @@ fn only_device(open: impl Iterator<Item = What>, in_group: impl Fn(&str) -> Vec<
     }
 }
 
-/// Somebody who has a device or its group open.
+/// A process that has a device or its group open.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Holder {
     pub pid: u32,
@@ -159,7 +159,7 @@ impl std::fmt::Display for Holder {
     }
 }
 
-/// The VFIO devices and groups that processes have open. Processes that this user may not inspect are passed over.
+/// The VFIO devices and groups that processes have open. Processes that this user may not inspect are left out.
 #[derive(Debug)]
 pub struct OpenElsewhere(Vec<(What, Holder)>);
 
@@ -172,7 +172,7 @@ enum What {
 }
 
 impl OpenElsewhere {
-    /// Looks at all processes.
+    /// Examines all processes.
     pub fn look() -> OpenElsewhere {
         let mut found = Vec::new();
         for process in numbers(Path::new("/proc")) {
@@ -260,7 +260,7 @@ mod tests {
         assert_eq!(found(vec![group(), one(), one()], 1), None, "there is another one");
     }
 
-    /// A process can call any file like a device.
+    /// A process can give any file the name of a device.
     #[test]
     fn what_is_no_device_is_not_borrowed() {
         for file in ["/proc/self/status", "/dev/null"] {

@@ -10,10 +10,10 @@ use crate::exit::{self, Code};
 use crate::terminal;
 use crate::text;
 
-/// Indexes of regions or interrupts that are listed at most, whatever a device claims.
+/// Limit on the indexes of regions or interrupts that are listed, whatever a device claims.
 pub const INDEXES_MAX: u32 = 256;
 
-/// A document: the version of the schema (`docs/output.schema.json`) and the command, before what it has to say.
+/// A document: the version of the schema (`docs/output.schema.json`) and the command, followed by the content.
 #[derive(Serialize)]
 pub struct Document<'a, T> {
     schema: u32,
@@ -33,7 +33,7 @@ pub struct Output {
     is_one_of_many: bool,
     /// Whether a document was printed, or begun.
     printed: AtomicBool,
-    /// Whether it was said how the command failed.
+    /// Whether the failure of the command was reported.
     told: AtomicBool,
 }
 
@@ -68,20 +68,20 @@ impl Output {
         self.print(|| text::json(&self.document(result), self.is_one_of_many), text)
     }
 
-    /// Says how the command failed, once: to people on standard error, and in a document unless there is one on standard
+    /// Reports how the command failed, once: to people on standard error, and in a document unless there is one on standard
     /// output already.
     pub fn failure<T: Serialize>(&self, message: &str, failure: &T) {
         if self.told.swap(true, Ordering::Relaxed) {
             return;
         }
-        // Nobody is left to be told where this fails.
+        // If this fails, there is nowhere to report it.
         let _ = writeln!(io::stderr(), "{}", text::lines(message));
         if self.json && !self.printed.swap(true, Ordering::Relaxed) {
             let _ = self.line(failure, |_| Ok(()));
         }
     }
 
-    /// Prints one of several results, which come as they may: a JSON document in a line, or what `text` writes.
+    /// Prints one of several results, which come at any time: a JSON document in a line, or what `text` writes.
     pub fn line<T: Serialize>(
         &self,
         result: &T,
@@ -110,28 +110,28 @@ impl Output {
         };
         let mut to = io::stdout().lock();
         match to.write_all(printed.as_bytes()).and_then(|()| to.flush()) {
-            // The reader wants no more.
+            // The reader has closed its end.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             other => other.map_err(|error| exit::error(Code::Failed, format!("standard output: {error}"))),
         }
     }
 
-    /// Prints a line that says what the command does now. In JSON mode it goes to standard error, since standard output has
-    /// documents alone.
+    /// Prints a line about what the command is doing. In JSON mode it goes to standard error, since standard output has only
+    /// documents.
     pub fn say(&self, line: &str) {
         if self.json {
             return self.say_aside(line);
         }
-        // A reader that has gone does not end the command.
+        // A reader that is gone does not end the command.
         let _ = writeln!(io::stdout(), "{}", fitted(line, terminal::output_columns()));
     }
 
-    /// The same on standard error, where standard output has something else.
+    /// The same on standard error, if standard output is used for something else.
     pub fn say_aside(&self, line: &str) {
         let _ = writeln!(io::stderr(), "{}", fitted(line, terminal::error_columns()));
     }
 
-    /// Says that the command listens at this address, as [`Output::say`] does. Whoever has started it waits for this line.
+    /// Says that the command listens at this address, as [`Output::say`] does. The process that started this one waits for this line.
     pub fn listening(&self, address: &dyn std::fmt::Display) {
         self.say(&format!("listening on {address}"));
     }
@@ -142,7 +142,7 @@ impl Output {
     }
 }
 
-/// A text of somebody else's, in which nothing does anything on a terminal.
+/// A text of another process, with everything escaped that could control a terminal.
 pub fn plain(text: &str) -> String {
     let mut plain = String::new();
     for letter in text.chars() {
@@ -159,8 +159,8 @@ pub fn flag_names(flags: MigrationFlags) -> Vec<&'static str> {
     flags.iter_names().map(|(name, _)| name).collect()
 }
 
-/// Writes what `print` prints in lines that fit the terminal. Where there is none another program may look for words in them, so
-/// they stay as they are.
+/// Writes what `print` prints in lines that fit the terminal. Without a terminal, another program may search the lines, so they
+/// are not folded.
 pub fn folded(to: &mut dyn Write, print: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
     let mut text = Vec::new();
     print(&mut text)?;
@@ -170,7 +170,7 @@ pub fn folded(to: &mut dyn Write, print: impl FnOnce(&mut dyn Write) -> io::Resu
     }
 }
 
-/// A line that says what is done, in lines of at most this many columns where it goes to a terminal. Programs get one line.
+/// A status line, in lines of at most this many columns if it goes to a terminal. Programs get one line.
 fn fitted(line: &str, columns: Option<usize>) -> String {
     let line = text::line(line);
     match columns {

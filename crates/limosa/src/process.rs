@@ -15,18 +15,18 @@ use crate::exit::{self, Code};
 
 /// How long a process may take to stop.
 const STOP_MAX: Duration = Duration::from_secs(10);
-/// How often a process that is told to stop or to end is looked at. The kernel tells nobody but its parent.
+/// The interval at which a process is checked that was told to stop or to end. The kernel notifies only its parent.
 pub const LOOK_EVERY: Duration = Duration::from_micros(200);
 
-/// A process that is stopped with the guest, and no other one that comes to have its number.
+/// A process that is stopped with the guest. A later process with the same number is a different one.
 pub struct Process {
     pid: i32,
     fd: OwnedFd,
-    /// Whether it was told to stop here, and did not stand still before.
+    /// Whether it was told to stop here, and was not stopped before.
     stopped: AtomicBool,
 }
 
-/// A process that stands still: no other one has its number and began at the same time since the same boot.
+/// The identity of a stopped process: no other process has its number and the same start time in the same boot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stopped {
     pub pid: i32,
@@ -59,13 +59,13 @@ impl Process {
         Ok(Process { pid, fd, stopped: AtomicBool::new(false) })
     }
 
-    /// One that was stopped by another process of the command.
+    /// A process that was stopped by another process of the command.
     pub fn find(stopped: &Stopped) -> Result<Process, String> {
         let Stopped { pid, started, boot } = stopped;
         let gone = || format!("--stop-with {pid}: the process that was stopped with the guest is gone");
         let number = Pid::from_raw(*pid).ok_or_else(gone)?;
         let fd = pidfd_open(number, PidfdFlags::empty()).map_err(|_| gone())?;
-        // It is looked at after the descriptor is had, which is that of no later process.
+        // It is examined after the descriptor was opened, which cannot belong to a later process.
         if started_at(*pid).ok() != Some(*started) || boot_id().ok().as_ref() != Some(boot) {
             return Err(gone());
         }
@@ -77,12 +77,12 @@ impl Process {
         self.pid
     }
 
-    /// Whether it stands still because it was told so.
+    /// Whether it was stopped here.
     pub fn was_stopped(&self) -> bool {
         self.stopped.load(Ordering::Relaxed)
     }
 
-    /// By what a later process of the command finds it.
+    /// The identity by which a later process of the command finds it.
     pub fn noted(&self) -> Result<Stopped, String> {
         let fails = |error: io::Error| format!("--stop-with {}: {error}", self.pid);
         let started = started_at(self.pid).map_err(fails)?;
@@ -90,17 +90,17 @@ impl Process {
         Ok(Stopped { pid: self.pid, started, boot: boot_id().map_err(fails)? })
     }
 
-    /// Tells it to stop. One that stands still already is left so.
+    /// Tells it to stop, unless it is stopped already.
     pub fn stop(&self) -> Result<(), String> {
         if self.is_stopped()? {
             return Ok(());
         }
-        // Whatever becomes of the signal, it is undone.
+        // Whatever the outcome of the signal, it will be undone.
         self.stopped.store(true, Ordering::Relaxed);
         self.signal(Signal::STOP)
     }
 
-    /// Waits until it stands still.
+    /// Waits until it is stopped.
     pub fn wait_until_stopped(&self) -> Result<(), String> {
         let began = Instant::now();
         while !self.is_stopped()? {
@@ -112,7 +112,7 @@ impl Process {
         Ok(())
     }
 
-    /// Lets it go on, if it was stopped by [`Process::stop`]. After a failure it still counts as stopped.
+    /// Resumes it, if it was stopped by [`Process::stop`]. After a failure it still counts as stopped.
     pub fn resume(&self) -> Result<(), String> {
         if self.was_stopped() {
             self.signal(Signal::CONT)?;
@@ -130,19 +130,19 @@ impl Process {
         pidfd_send_signal(&self.fd, signal).map_err(|error| format!("--stop-with {}: {error}", self.pid))
     }
 
-    /// Whether every one of its threads stands still or is gone (`proc_pid_stat.5`: state).
+    /// Whether every one of its threads is stopped or gone (`proc_pid_stat.5`: state).
     pub fn is_stopped(&self) -> Result<bool, String> {
         let folder = PathBuf::from(format!("/proc/{}/task", self.pid));
         let gone = |error: io::Error| format!("--stop-with {}: {error}; has it ended?", self.pid);
         for thread in std::fs::read_dir(folder).map_err(gone)? {
             // It may have ended since.
             let Some(fields) = fields(&thread.map_err(gone)?.path().join("stat")) else { continue };
-            // One that a debugger holds, `t`, may go on at any moment.
+            // A process that a debugger holds (`t`) may continue at any moment.
             if !matches!(fields.state, 'T' | 'Z' | 'X') {
                 return Ok(false);
             }
         }
-        // Nobody else has its number yet.
+        // No other process has its number yet.
         is_alive(&self.fd).map_err(gone)?;
         Ok(true)
     }
@@ -171,7 +171,7 @@ fn started_at(pid: i32) -> io::Result<u64> {
     fields.map(|fields| fields.started).ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
-/// The most bytes of an environment that are read.
+/// Limit on the bytes of an environment that are read.
 const ENVIRONMENT_MAX: u64 = 4 << 20;
 
 /// All processes that have not ended and are of this group, or have this variable with its value in the environment with which
@@ -181,7 +181,7 @@ pub fn left_of(group: Pid, variable: &str) -> io::Result<Vec<(i32, OwnedFd)>> {
     for entry in std::fs::read_dir("/proc")? {
         let entry = entry?;
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        // Opened before /proc is read: the entries that are read then are not those of a later process with this PID.
+        // Opened before /proc is read, so that the entries cannot be those of a later process with this PID.
         let Some(fd) = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
             continue;
         };
@@ -197,7 +197,7 @@ pub fn left_of(group: Pid, variable: &str) -> io::Result<Vec<(i32, OwnedFd)>> {
 
 fn has_variable(environment: &Path, variable: &str) -> bool {
     let mut all = Vec::new();
-    // Another user's may not be read.
+    // That of another user may not be readable.
     let read = File::open(environment).and_then(|file| file.take(ENVIRONMENT_MAX).read_to_end(&mut all));
     read.is_ok() && all.split(|byte| *byte == 0).any(|found| found == variable.as_bytes())
 }

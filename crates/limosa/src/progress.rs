@@ -14,9 +14,9 @@ use crate::output::Output;
 use crate::terminal::{self, Bar};
 use view::View;
 
-/// The rate is that of this time.
+/// The time over which the rate is measured.
 const WINDOW: Duration = Duration::from_secs(3);
-/// The columns of what stands before the text: the spinner, the time, and their spaces.
+/// The columns before the text: the spinner, the time, and their spaces.
 const BEFORE: usize = 11;
 
 /// Watches one side of a move.
@@ -25,17 +25,17 @@ pub struct Progress {
     seen: Mutex<Seen>,
 }
 
-/// What was seen so far.
+/// The observed progress so far.
 #[derive(Default)]
 struct Seen {
     view: View,
-    /// When how many bytes had been moved.
+    /// The bytes moved, each with its time.
     samples: VecDeque<(Instant, u64)>,
 }
 
 impl Seen {
     fn moved(&mut self, bytes: u64, now: Instant) {
-        // A later call may tell of slightly less.
+        // A later call may report slightly less.
         self.view.moved_bytes = self.view.moved_bytes.max(bytes);
         self.samples.push_back((now, self.view.moved_bytes));
         while self.samples.len() > 2 && now.duration_since(self.samples[1].0) > WINDOW {
@@ -50,8 +50,8 @@ impl Seen {
 }
 
 impl Progress {
-    /// A line, if results go to people and standard error is a terminal. `total_bytes` says what there is to move, where
-    /// that is known before; only a line asks.
+    /// A line, if results go to people and standard error is a terminal. `total_bytes` returns the amount to move, if
+    /// that is known before; it is called only for a line.
     pub fn new(out: &Output, total_bytes: impl FnOnce() -> Option<u64>) -> Progress {
         let bar = out
             .progress()
@@ -78,7 +78,7 @@ impl Observer for Progress {
     fn phase(&self, phase: Phase) {
         self.show(|seen| {
             seen.view.phase = phase.name();
-            // What another phase took says nothing of the rate of this one.
+            // Samples of another phase say nothing about the rate of this one.
             seen.samples.clear();
         });
     }

@@ -68,11 +68,11 @@ pub struct Reports<'a> {
 
 struct Prepared {
     named: ReportFile,
-    /// Until the report is there.
+    /// Until the report is published.
     file: Mutex<Option<Box<dyn SnapshotWriter>>>,
 }
 
-/// A file does not make anybody wait.
+/// Writes to a file need no deadline.
 fn no_wait() -> Wait<'static> {
     Wait::within(std::time::Duration::MAX, None)
 }
@@ -90,7 +90,7 @@ impl<'a> Reports<'a> {
         Ok(Reports { prepared, out })
     }
 
-    /// Writes the report of what has ended.
+    /// Writes the report of a move that has ended.
     pub fn write(&self, report: &impl Printed) -> anyhow::Result<()> {
         for prepared in &self.prepared {
             let text = match prepared.named.format {

@@ -1,4 +1,4 @@
-//! systemd, when it runs the command: sockets that it hands over (sd_listen_fds(3)), and what it is told of the service's
+//! systemd, when it runs the command: sockets that it hands over (sd_listen_fds(3)), and notifications of the service's
 //! state (sd_notify(3)). Without systemd's environment variables all of this does nothing.
 
 use std::os::unix::net::UnixListener;
@@ -10,17 +10,17 @@ use sd_notify::NotifyState;
 
 use crate::exit::{self, Code};
 
-/// The service does what it is for.
+/// Notifies systemd that the service is ready.
 pub fn ready() {
     tell(&[NotifyState::Ready]);
 }
 
-/// The service is told to end.
+/// Notifies systemd that the service is ending.
 pub fn stopping() {
     tell(&[NotifyState::Stopping]);
 }
 
-/// Another process is about to take over, or not: [`ready`] ends this.
+/// Notifies systemd that another process may take over; [`ready`] ends this.
 pub fn reloading() {
     match NotifyState::monotonic_usec_now() {
         Ok(now) => tell(&[NotifyState::Reloading, now]),
@@ -28,12 +28,12 @@ pub fn reloading() {
     }
 }
 
-/// Another process is the service's main one.
+/// Notifies systemd that another process is the main process of the service.
 pub fn main_process(pid: u32) {
     tell(&[NotifyState::MainPid(pid)]);
 }
 
-/// This process is the service's main one, and does what it is for.
+/// Notifies systemd that this process is the main process of the service, and is ready.
 pub fn took_over() {
     tell(&[NotifyState::MainPid(std::process::id()), NotifyState::Ready]);
 }

@@ -1,5 +1,5 @@
-//! Signals: which of them end the command, and which do not. A guest that stands still for a move is not left so by any
-//! signal that can be handled.
+//! Signals: which of them end the command, and which do not. No signal that can be handled leaves a guest stopped that stands still
+//! for a move.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -35,7 +35,7 @@ impl Standstill {
         STANDS_STILL.store(true, Ordering::SeqCst);
     }
 
-    /// It goes on, or its end is no concern of this process any more.
+    /// It continues, or its end does not matter to this process any more.
     pub fn end(&self) {
         if self.0.swap(false, Ordering::SeqCst) {
             STANDS_STILL.store(false, Ordering::SeqCst);
@@ -50,7 +50,7 @@ impl Drop for Standstill {
 }
 
 /// Calls `end` on a thread of its own at the first SIGINT, SIGTERM or SIGHUP. The second one has its default effect. For commands
-/// that leave nothing undone. A SIGHUP that was ignored when the command was started stays so.
+/// that need no cleanup. A SIGHUP that was ignored when the command was started stays ignored.
 pub fn on_end(end: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
     let mut end = Some(end);
     let mut signals = vec![SIGINT, SIGTERM, SIGHUP];
@@ -97,7 +97,7 @@ pub fn end_as(ended: Ended) -> ! {
         Ended::Detached => std::process::exit(0),
         Ended::Exited(code) => std::process::exit(code),
         Ended::Killed(signal) => {
-            // A core of this process says nothing of that one.
+            // A core dump of this process says nothing about that one.
             let limit = rustix::process::Rlimit { current: Some(0), maximum: None };
             let _ = rustix::process::setrlimit(rustix::process::Resource::Core, limit);
             if signal == Signal::KILL.as_raw() {
@@ -112,7 +112,7 @@ pub fn end_as(ended: Ended) -> ! {
 
 /// A handle by which SIGHUP, SIGINT, SIGQUIT, SIGTERM and SIGXCPU call a move off. The move is undone whatever other signals
 /// come: only SIGKILL ends the process before that. A SIGHUP that was ignored when the command was started (`nohup`) stays
-/// so.
+/// ignored.
 pub fn cancel() -> anyhow::Result<Cancel> {
     let cancel = Cancel::new().context("cannot make an eventfd")?;
     let on_signal = cancel.clone();
@@ -120,8 +120,8 @@ pub fn cancel() -> anyhow::Result<Cancel> {
     Ok(cancel)
 }
 
-/// Calls `off` on a thread of its own at the first signal that calls a move off, as [`cancel`] does. Further ones do not end the
-/// process: for commands that stop a device, and give it back before they end.
+/// Calls `off` on a thread of its own at the first signal that calls a move off, as [`cancel`] does. Further signals do not end the
+/// process. For commands that stop a device, and let it run again before they end.
 pub fn call_off(off: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
     let mut off = Some(off);
     at_each(move |signal| match off.take() {
@@ -133,8 +133,8 @@ pub fn call_off(off: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
     })
 }
 
-/// For a command that does one thing after another: a handle by which a first SIGTERM ends it after what is under way, and one by
-/// which every other signal that calls a move off, and a second SIGTERM, call off what is under way as well.
+/// For a command that does one job after another: one handle by which a first SIGTERM ends it after the current job, and one by
+/// which a second SIGTERM, and every other signal that calls a move off, also call off the current job.
 pub fn end_or_cancel() -> anyhow::Result<(Cancel, Cancel)> {
     let new = || Cancel::new().context("cannot make an eventfd");
     let (end, cancel) = (new()?, new()?);
@@ -149,10 +149,10 @@ pub fn end_or_cancel() -> anyhow::Result<(Cancel, Cancel)> {
     Ok((end, cancel))
 }
 
-/// Calls `act` on a thread of its own at each signal that calls a move off. No other one ends the process while a guest stands
+/// Calls `act` on a thread of its own at each signal that calls a move off. No other signal ends the process while a guest stands
 /// still.
 fn at_each(mut act: impl FnMut(i32) + Send + 'static) -> anyhow::Result<()> {
-    // Known to no list of the crate's.
+    // The lists of the crate lack it.
     let more = [Signal::POWER, Signal::STKFLT].map(Signal::as_raw);
     let mut signals = [&CALL_OFF[..], &IGNORED, &SUSPEND, &more].concat();
     signals.retain(|signal| *signal != SIGHUP || !is_ignored(SIGHUP));

@@ -16,7 +16,7 @@ pub enum SnapshotLocation {
 }
 
 impl SnapshotLocation {
-    /// Where a snapshot is to be saved; nothing is opened yet. `replace` is whether one that is there may give way.
+    /// Where a snapshot is to be saved; nothing is opened yet. `replace` is whether an existing one may be replaced.
     pub fn to_save(name: &Path, replace: bool) -> anyhow::Result<SnapshotLocation> {
         if name.as_os_str() == "-" {
             let what = "-: a snapshot is published when it is whole, which a pipe cannot do; expected a file, as ./- if that is its \
@@ -44,7 +44,7 @@ impl SnapshotLocation {
                 Err(error) if error.kind() == ErrorKind::InvalidInput => {
                     return Err(exit::error(Code::Unreachable, format!("{}: {error}", name.display())));
                 }
-                // Whoever opens it explains any other error.
+                // Any other error is explained where the file is opened.
                 _ => {}
             }
         }

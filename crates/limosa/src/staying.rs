@@ -1,4 +1,4 @@
-//! Devices that a VMM uses while they are moved from here: before COMMIT they are told to stay, so that nothing but the move's
+//! Devices that a VMM uses while they are moved from here: before COMMIT they are told to stay stopped, so that only the move's
 //! decision lets them run again (`docs/vfio-user-extensions.md: STAY`). The end of this process alone would let them run.
 
 use limosa_client::{DeviceExt, Result};

@@ -15,7 +15,7 @@ fn shown() -> MutexGuard<'static, Option<ProgressBar>> {
     SHOWN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether text for people is coloured: on a terminal that can, unless NO_COLOR says otherwise (no-color.org).
+/// Whether text for people is coloured: on a terminal with colours, unless NO_COLOR forbids it (no-color.org).
 pub fn is_coloured() -> bool {
     let variable = |name| std::env::var_os(name);
     wants_colours(io::stderr().is_terminal(), variable("NO_COLOR").as_deref(), variable("TERM").as_deref())
@@ -25,22 +25,22 @@ fn wants_colours(is_terminal: bool, no_color: Option<&OsStr>, term: Option<&OsSt
     is_terminal && no_color.is_none_or(OsStr::is_empty) && term != Some(OsStr::new("dumb"))
 }
 
-/// The columns of the terminal; 80 where it does not say.
+/// The columns of the terminal; 80 if it does not report them.
 pub fn columns() -> usize {
     error_columns().unwrap_or(80)
 }
 
-/// The columns of the terminal that standard error is; `None` where it is none.
+/// The columns of standard error; `None` if it is not a terminal.
 pub fn error_columns() -> Option<usize> {
     terminal_size::terminal_size_of(io::stderr()).map(|(width, _)| usize::from(width.0))
 }
 
-/// The columns of the terminal that standard output is; `None` where it is none.
+/// The columns of standard output; `None` if it is not a terminal.
 pub fn output_columns() -> Option<usize> {
     terminal_size::terminal_size_of(io::stdout()).map(|(width, _)| usize::from(width.0))
 }
 
-/// A bar on standard error, as long as this is there.
+/// A bar on standard error, which is removed when this is dropped.
 pub struct Bar(ProgressBar);
 
 impl Bar {
@@ -67,7 +67,7 @@ impl Drop for Bar {
     }
 }
 
-/// Calls this while no bar is on the terminal.
+/// Calls this while the bar is removed from the terminal.
 pub fn without_bar<T>(call: impl FnOnce() -> T) -> T {
     // Not under the lock: the call may write a log line itself.
     let bar = shown().clone();

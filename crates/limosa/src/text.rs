@@ -67,7 +67,7 @@ fn rows_in_lines(pretty: &str) -> String {
     while let Some(at) = rest.find(['"', '\\', '[']) {
         let (before, found) = rest.split_at(at);
         out.push_str(before);
-        // Behind a backslash, which is only in a text, comes what has no meaning of its own.
+        // A character after a backslash, which occurs only in strings, has no meaning of its own.
         let length = match found.as_bytes()[0] {
             b'\\' => 1 + found[1..].chars().next().map_or(0, char::len_utf8),
             b'"' => {
@@ -105,8 +105,8 @@ pub fn wrapped(text: &str, columns: usize) -> Vec<String> {
     lines
 }
 
-/// Lines of at most this many columns. One that is longer goes on below its value, which stands behind two spaces or more, or else
-/// below its text. A picture of bars is cut.
+/// Lines of at most this many columns. A longer line is continued below its value, which stands behind two spaces or more, or
+/// else below its text. A picture of bars is cut.
 pub fn folded(text: &str, columns: usize) -> String {
     let mut out = String::with_capacity(text.len());
     for line in text.lines() {
@@ -140,7 +140,7 @@ fn value_of(line: &str) -> Option<usize> {
     Some(gap + line[gap..].find(|c| c != ' ')?).filter(|at| line[..*at].is_ascii())
 }
 
-/// How the fields of a log's line are written.
+/// The format of the fields of a log line.
 pub fn fields() -> impl for<'writer> FormatFields<'writer> + Send + Sync + 'static {
     let fields = debug_fn(|writer, field, value| {
         let value = line(&format!("{value:?}"));

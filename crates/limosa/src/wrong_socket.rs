@@ -16,9 +16,9 @@ use zerocopy::IntoBytes;
 
 /// The limit for all of it.
 const LIMIT: Duration = Duration::from_secs(1);
-/// An id that is no letter of a method of HTTP, so that it is refused at once there.
+/// An id that begins no method of HTTP, so that an HTTP server refuses it at once.
 const ID: u16 = 0x0101;
-/// The beginnings of what others answer: the frame ABORT of a migration stream, a frame of the switch-over, HTTP.
+/// The beginnings of other protocols' answers: the frame ABORT of a migration stream, a frame of the switch-over, HTTP.
 const ABORT: &[u8] = &[15, 0, 0, 0, 0, 0, 0, 0];
 const SWITCH_OVER: &[u8] = b"LSwO";
 const HTTP: &[u8] = b"HTTP/";
@@ -100,14 +100,14 @@ fn at_path(path: &Path) -> Option<Listener> {
     ask(stream)
 }
 
-/// Sends VERSION, as a control client: it takes no VMM's place. The answer says who listens.
+/// Sends VERSION as a control client, which does not take the place of a VMM. The answer shows what listens.
 fn ask(mut stream: impl Read + Write) -> Option<Listener> {
     let role = Some(Role::Control);
     let ours = Capabilities { role, ..Capabilities::of_client(4096, false) }.encode(JSON_BYTES_MAX);
     let version = VersionMessage { major: VERSION.0, minor: VERSION.1 };
     let body = [version.as_bytes(), &ours].concat();
     let header = Header::command(ID, Command::VERSION, body.len())?;
-    // A listener that speaks first, and then has no patience, is heard all the same.
+    // A listener that sends first and then closes is heard as well.
     let _ = stream.write_all(&[header.as_bytes(), &body].concat());
     let (mut answer, until) = (Vec::new(), Instant::now() + LIMIT);
     while answer.len() < Header::BYTES && Instant::now() < until {
@@ -120,7 +120,7 @@ fn ask(mut stream: impl Read + Write) -> Option<Listener> {
     known(&answer, &header)
 }
 
-/// The listener that answers so.
+/// The listener with this answer.
 fn known(answer: &[u8], asked: &Header) -> Option<Listener> {
     let begins = |with: &[u8]| answer.starts_with(with);
     // The echo of the id and the command, whether it is an agreement or a refusal.

@@ -1,4 +1,4 @@
-//! `limosa check`: whether a driver or a server keeps the standard.
+//! `limosa check`: whether a driver or a server complies with the standard.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -18,7 +18,7 @@ use crate::output::{self, Output};
 use crate::read_text::read_text;
 use crate::signals;
 
-/// The most that one request of vfio-user may take here, so that a server that hangs costs little.
+/// Time limit for one vfio-user request here, so that a hanging server costs little time.
 const REQUEST_MAX: Duration = Duration::from_secs(5);
 
 /// The most bytes of a profile.
@@ -127,7 +127,7 @@ fn target(name: &str, args: &args::Check, opening: Opening<'_>) -> anyhow::Resul
     let opener = Opener {
         limit: opening.limit.min(REQUEST_MAX),
         state_limit: opening.state_limit.min(args.limit),
-        // It asks for all that a VMM may ask for.
+        // It makes all requests that a VMM may make.
         role: Role::Vmm,
         ..opening.owned()
     };
@@ -182,7 +182,7 @@ fn target(name: &str, args: &args::Check, opening: Opening<'_>) -> anyhow::Resul
     Ok(target)
 }
 
-/// Where debugfs has the state of a device, if it does.
+/// The file in debugfs with the state of a device, if there is one.
 fn view(name: &str) -> Option<PathBuf> {
     let folder = open::listed(name)?.folder;
     let file = Path::new("/sys/kernel/debug/vfio").join(folder.file_name()?).join("migration/state");

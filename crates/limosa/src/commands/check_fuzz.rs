@@ -58,7 +58,7 @@ pub fn run(
     }
 }
 
-/// What a replay found: null if nothing.
+/// The difference that a replay found, or null.
 #[derive(Serialize)]
 struct Played {
     difference: Option<Difference>,

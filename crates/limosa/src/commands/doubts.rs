@@ -14,7 +14,7 @@ struct List {
     in_doubt: Vec<Listed>,
     /// Of moves that had not come to their commit.
     stopped: Vec<Listed>,
-    /// Notes that are not believed.
+    /// Notes that are not trusted.
     refused: Vec<Refused>,
 }
 

@@ -45,7 +45,7 @@ enum Found {
     Usable { migration: Vec<&'static str> },
     /// Free, and it cannot migrate.
     NotMovable { cannot_migrate: String },
-    /// Somebody has it open. Nobody is named where this user may not look.
+    /// Another process has it open. It is not named if this user may not examine it.
     InUse { by: Vec<Holder> },
     /// It cannot be opened.
     Unusable { unusable: String },
@@ -77,7 +77,7 @@ fn look(device: limosa_vfio_kernel::Listed, opening: Opening<'_>, elsewhere: &Op
     Listed { device: device.id, bus: device.bus, kind, driver: device.driver, group, cdev, found }
 }
 
-/// Opens the device for a moment. Nobody has it open, so nothing that it holds is lost by that.
+/// Opens the device for a moment. No other process has it open, so no state is lost by that.
 fn open(id: &str, opening: Opening<'_>) -> Found {
     let flags = opening.open(id).and_then(|device| Ok(device.migration_flags()?));
     match flags {
@@ -95,7 +95,7 @@ fn is_in_use(error: &anyhow::Error) -> bool {
     client.is_some_and(exit::is_in_use)
 }
 
-/// What to do where the kernel has no VFIO device at all, as the doctor says it.
+/// The doctor's advice if the kernel has no VFIO device.
 fn why_none() -> String {
     let (what, kind) = match Path::new("/dev/vfio").exists() {
         false => ("there is no /dev/vfio", &VFIO_NOT_LOADED),

@@ -1,4 +1,4 @@
-//! `limosa state DEVICE next`: which process' VMM has the device after the one that has it now
+//! `limosa state DEVICE next`: the process whose VMM uses the device after the current one
 //! (`docs/vfio-user-extensions.md: NEXT`).
 
 use anyhow::Context;
@@ -12,9 +12,9 @@ use crate::output::Output;
 #[derive(Debug, Serialize)]
 struct Answer {
     device: String,
-    /// The process that is named.
+    /// The named process.
     next: Option<i32>,
-    /// Its VMM is connected, and prepares.
+    /// Whether its VMM is connected and prepares.
     is_there: bool,
 }
 

@@ -19,7 +19,7 @@ use crate::output::{self, Output};
 pub struct Probe {
     device: String,
     flags: Vec<&'static str>,
-    /// Where the kernel has it; absent for a device behind a socket.
+    /// Its place in the kernel; absent for a device behind a socket.
     #[serde(skip_serializing_if = "Option::is_none")]
     kernel: Option<Kernel>,
     /// The role of this command: `control` beside a VMM that uses the device, else `vmm`. Absent for a kernel device.
@@ -45,7 +45,7 @@ pub(super) struct Kernel {
     pub(super) driver: Option<String>,
     pub(super) group: Option<String>,
     pub(super) cdev: Option<String>,
-    /// The door that it is open through here; absent for one that another process holds.
+    /// The interface through which it is open here; absent for a device that another process has open.
     pub(super) door: Option<String>,
     /// The sources that log the memory it writes: `device`, `iommufd`, `container`. Absent for a device that another
     /// process holds, since only that process knows.
@@ -89,7 +89,7 @@ pub fn run(device: &Opened, out: &Output) -> anyhow::Result<()> {
     out.result(&found, |to| output::folded(to, |to| print(&found, to)))
 }
 
-/// Asks the device for all of it.
+/// Queries the device.
 pub(super) fn probe(device: &dyn Device) -> anyhow::Result<Probe> {
     let info = device.info().context("cannot ask what the device is")?;
     let flags = DeviceFlags::from_bits_retain(info.flags);
@@ -175,7 +175,7 @@ pub(super) fn look(kernel: &KernelDevice, given: &str, dma_logging: bool) -> Ker
     }
 }
 
-/// Drivers refuse indexes that they have no use for.
+/// Drivers refuse indexes that they do not use.
 fn or_refused<T>(answer: limosa_client::Result<T>) -> limosa_client::Result<Option<T>> {
     match answer {
         Err(Error::Refused { .. }) => Ok(None),

@@ -1,4 +1,4 @@
-//! `limosa region`: the bytes of a device's regions, for who writes a device.
+//! `limosa region`: the bytes of a device's regions, for developers of devices.
 
 use std::io::{self, Write};
 

@@ -276,8 +276,8 @@ impl Settling<'_> {
         Ok(Done { outcome, devices, left, code })
     }
 
-    /// Refuses to let a guest run here that has moved on since: somebody has let its device run by hand, and another move has
-    /// taken it away.
+    /// Refuses to let a guest run here that has moved away since: its device was set to RUNNING by hand, and another move has
+    /// taken the guest away.
     fn check_not_moved_since(&self) -> anyhow::Result<()> {
         let id = self.id.to_string();
         for name in &self.halted.devices {
@@ -296,16 +296,16 @@ impl Settling<'_> {
         Ok(())
     }
 
-    /// Refuses devices in a state in which the move cannot have left them: somebody else has driven them since.
+    /// Refuses devices in a state in which the move cannot have left them: another client has driven them since.
     fn check_states(&self, decision: Decision, devices: &NotedDevices) -> anyhow::Result<()> {
         let is_stop = matches!(self.note, Some(Note::Stop(_)));
         let mut wrong = Vec::new();
         for (at, device) in &devices.open {
-            // The kernel has reset one that was closed with the process which moved it.
+            // The kernel has reset a device that was closed with the process that moved it.
             if device.closes_with_us() {
                 continue;
             }
-            // One that does not say is driven, and what becomes of that is said.
+            // A device that does not return its state is driven anyway, and an error of that is reported.
             let Ok(state) = device.state() else { continue };
             let may_be = match state {
                 State::Stop | State::StopCopy | State::Error => true,
@@ -387,7 +387,7 @@ struct Forgotten {
 fn forget(id: MigrationId, found: Option<Note>, moves: &Moves, out: &Output) -> anyhow::Result<()> {
     match found {
         Some(note) => moves.take(note)?.forget()?,
-        // One that is not believed, or cannot be read.
+        // A note that is not trusted, or cannot be read.
         None if moves.drop_note(id)? => {}
         None => {
             let what = format!("--id {id}: there is no note of this move");

@@ -20,7 +20,7 @@ struct Answer {
     /// The states passed, the first and the last one included; absent for a read.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     path: Vec<&'static str>,
-    /// The last move that it was loaded by, of a read.
+    /// Of a read: the last move that was loaded into it.
     #[serde(skip_serializing_if = "Option::is_none")]
     loaded_by: Option<LoadedBy>,
 }
@@ -89,7 +89,7 @@ fn after(state: &str, printed: anyhow::Result<()>) -> anyhow::Result<()> {
     printed.map_err(|error| exit::but(format_args!("the device is in {state}"), &[exit::message(&error)]))
 }
 
-/// A reset is all that a device without migration can do here.
+/// A device without migration supports only a reset here.
 fn no_migration(device: &dyn Device, action: &StateAction, out: &Output) -> anyhow::Result<()> {
     match action {
         StateAction::Reset => {

@@ -1,8 +1,8 @@
-//! `limosa switch-over`: starts the process that takes a server's place, and says how that went.
+//! `limosa switch-over`: starts the process that replaces a server, and reports the result.
 //!
-//! The new server tells it by the document that `limosa serve --json` prints on its standard output: what it took over, or
-//! why it did not. A new server that gives up or dies says nothing of the old one, so that one is asked itself. A server of another make
-//! has no such document: it serves if the old one has ended, and it listens where that did.
+//! The new server reports it in the document that `limosa serve --json` prints on its standard output: what it took over, or
+//! why it did not. A new server that gives up or dies does not report the state of the old one, so the old one is asked. Another
+//! implementation of a server prints no such document: it serves if the old one has ended, and it listens at the same path.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -57,7 +57,7 @@ struct Known {
     new_code: Option<i32>,
 }
 
-/// A server that says nothing itself has taken the place of the old one.
+/// A server that prints no document has taken the place of the old one.
 #[derive(Serialize)]
 struct Replaced {
     old_pid: i32,
@@ -194,7 +194,7 @@ impl Old<'_> {
         matches!(ask(self.path, left), Ok(Answer::Serves(peer)) if peer.pid() == self.peer.pid())
     }
 
-    /// The process that serves in place of one that has ended. It listens here once it has seen that end.
+    /// The process that serves in place of the ended one. It listens here once it has noticed that end.
     fn replaced_by(&self) -> Option<i32> {
         let until = Instant::now() + OTHER_LIMIT;
         loop {
@@ -225,7 +225,7 @@ fn any_ready(fds: &mut [PollFd<'_>], until: Instant) -> bool {
 /// An event while the new server takes over.
 #[derive(Clone, Copy)]
 enum Event {
-    /// It says something, or nothing more.
+    /// It prints something, or closes its output.
     Word,
     NewEnded,
     OldEnded,
@@ -235,14 +235,14 @@ enum Event {
 #[derive(Default)]
 struct Heard {
     bytes: Vec<u8>,
-    /// Why that is no document, and never will be.
+    /// Why the output is not a document, and cannot become one.
     foreign: Option<String>,
-    /// Nothing more comes.
+    /// The end was reached.
     is_over: bool,
 }
 
 impl Heard {
-    /// Adds the next piece, or the end; the document, once it is whole.
+    /// Adds the next piece, or the end. Returns the document once it is complete.
     fn add(&mut self, piece: &[u8]) -> Option<Said> {
         self.is_over = piece.is_empty();
         if self.foreign.is_some() || piece.is_empty() {
@@ -264,18 +264,18 @@ impl Heard {
         None
     }
 
-    /// Whether no document comes any more.
+    /// Whether no document can come any more.
     fn is_done(&self) -> bool {
         self.is_over || self.foreign.is_some()
     }
 
-    /// The reason that there is no document: the output that is none, else `nothing`.
+    /// The reason for a missing document: the output that is not one, else `nothing`.
     fn why(&self, nothing: &str) -> String {
         self.foreign.clone().unwrap_or_else(|| nothing.to_owned())
     }
 }
 
-/// The process that is to take its place. It outlives this one.
+/// The process that is to replace it. It outlives this one.
 struct New {
     child: Child,
     /// Readable once it has ended.
@@ -335,7 +335,7 @@ impl New {
         let mut heard = Heard::default();
         let (mut limit, mut lives, mut old_lives) = (until, true, true);
         loop {
-            // A program that starts the new server and ends leaves it its standard output.
+            // A program that starts the new server and ends may leave its standard output to it.
             if heard.is_done() && !lives {
                 return Err(heard.why(&self.how_it_ended()));
             }
@@ -380,7 +380,7 @@ impl New {
         format!("the new server said nothing and ended{status}")
     }
 
-    /// Its status, if it ends by itself in a moment: it has said that it does.
+    /// Its status, if it ends by itself within a moment, as it has announced.
     fn ended(&mut self) -> Option<ExitStatus> {
         if let Ok(Some(status)) = self.child.try_wait() {
             return Some(status);

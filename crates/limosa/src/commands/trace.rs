@@ -1,4 +1,4 @@
-//! `limosa trace`: what a VMM asks of its devices, as it happens.
+//! `limosa trace`: the requests of a VMM to its devices, live.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, Permissions};
@@ -64,7 +64,7 @@ fn between(
     served.and(ended)
 }
 
-/// A process that runs, and goes on after this one's end.
+/// A running process, which continues after the end of this one.
 fn process(pid: i32, trace: Trace, out: &Output) -> anyhow::Result<()> {
     let control = Control::default();
     let stop = control.clone();
@@ -75,7 +75,7 @@ fn process(pid: i32, trace: Trace, out: &Output) -> anyhow::Result<()> {
     ended
 }
 
-/// A program, as whose end this one ends.
+/// A program; this process ends as the program ends.
 fn command(words: &[OsString], trace: Trace, out: &Output) -> anyhow::Result<()> {
     let control = Control::default();
     let at_signal = control.clone();
@@ -111,7 +111,7 @@ fn cannot_trace(error: ptrace::Error) -> anyhow::Error {
     exit::error(code, error.to_string())
 }
 
-/// Where a trace goes, and what failed of that.
+/// The outputs of a trace, and their failures.
 struct Trace {
     recorder: Recorder,
     statistics: Option<StatisticsHandle>,
@@ -198,7 +198,7 @@ fn text(out: &Output, name: String, to: impl Write + Send + 'static) -> Box<dyn 
     if out.json { Box::new(Json::new(name, to)) } else { Box::new(Lines::new(name, to)) }
 }
 
-/// The files of --output and --pcap with their names, empty. One file for both would be neither.
+/// The files of --output and --pcap with their names, truncated. One file for both is refused.
 fn create(paths: [&Option<PathBuf>; 2]) -> anyhow::Result<[Option<(String, File)>; 2]> {
     let mut files = [None, None];
     let mut known = Vec::new();
@@ -223,7 +223,7 @@ fn create(paths: [&Option<PathBuf>; 2]) -> anyhow::Result<[Option<(String, File)
     Ok(files)
 }
 
-/// A file that only its owner reads: parts of a guest may be in it. What was in it stays until it is truncated.
+/// A file that only its owner reads: parts of a guest may be in it. Its contents stay until it is truncated.
 fn open(path: &Path) -> anyhow::Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(false).mode(0o600);
@@ -238,10 +238,10 @@ fn open(path: &Path) -> anyhow::Result<File> {
         };
         exit::error(code, format!("{}: {error}{hint}", path.display()))
     };
-    // Not through a link of somebody else's.
+    // Not through a link of another user.
     let file = new_file::open(path, &mut options, OFlags::NOFOLLOW).map_err(failed)?;
     if file.metadata().map_err(failed)?.is_file() {
-        // One that was there may have another mode.
+        // An existing file may have another mode.
         file.set_permissions(Permissions::from_mode(0o600)).map_err(failed)?;
     }
     Ok(file)

@@ -1,7 +1,7 @@
-//! The least of HTTP/1.1 that a scrape needs (RFC 9112): one request on a connection, whose head is bounded, and one answer.
+//! The part of HTTP/1.1 that a scrape needs (RFC 9112): one request on a connection, whose head is bounded, and one answer.
 //!
-//! One thread serves all connections and waits for none of them. A client that says nothing, or takes nothing, has its place until
-//! its time is over, or until another one needs it.
+//! One thread serves all connections and waits for none of them. A client that sends nothing, or reads nothing, keeps its place
+//! until its time is over, or until another client needs the place.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -17,17 +17,17 @@ use super::listener::Socket;
 const CLIENTS_MAX: usize = 16;
 /// The longest head of a request, in bytes.
 const HEAD_BYTES_MAX: usize = 8 << 10;
-/// The most bytes that are read of a client after its answer, so that no reset loses the answer (RFC 9112, 9.6).
+/// Limit on the bytes that are read from a client after its answer, so that no reset loses the answer (RFC 9112, 9.6).
 const REST_BYTES_MAX: usize = 64 << 10;
-/// How long a client has to ask, and to take the answer.
+/// How long a client has to send its request and to read the answer.
 const CLIENT_LIMIT: Duration = Duration::from_secs(10);
-/// How long a listener that has no room for a connection is left alone.
+/// How long a listener without room for a connection is not polled.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// OpenMetrics text.
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// A connection that waits for nothing.
+/// A non-blocking connection.
 pub(super) trait Stream: Read + Write + AsFd + Send {
     /// Nothing more is written.
     fn finish(&self);
@@ -113,7 +113,7 @@ pub(super) fn serve(listener: &Socket, end: &OwnedFd, text: &dyn Fn() -> String)
     }
 }
 
-/// Takes the place of a client that has not asked, else of the one that was there first.
+/// Takes the place of a client that has sent no request, else of the oldest client.
 fn make_room(clients: &mut Vec<Client>) {
     if clients.len() >= CLIENTS_MAX {
         let idle = clients.iter().position(|client| !matches!(client.step, Step::Takes(..)));
@@ -126,7 +126,7 @@ fn is_passing(error: &io::Error) -> bool {
 }
 
 impl Client {
-    /// Reads or writes what can be at once.
+    /// Reads or writes as much as is possible at once.
     fn go_on(&mut self, text: &dyn Fn() -> String) {
         let step = std::mem::replace(&mut self.step, Step::Gone);
         self.step = match step {

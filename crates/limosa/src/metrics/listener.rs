@@ -1,4 +1,4 @@
-//! Where metrics are asked for: a port or a UNIX socket, and the thread that answers there.
+//! The address for scrapes of metrics, a port or a UNIX socket, and the thread that answers there.
 
 use std::fmt;
 use std::io;
@@ -49,7 +49,7 @@ impl AsFd for Socket {
 }
 
 impl Socket {
-    /// A connection, which waits for nothing.
+    /// A connection, which is non-blocking.
     pub(super) fn accept(&self) -> io::Result<Box<dyn http::Stream>> {
         Ok(match self {
             Socket::Tcp(listener) => {
@@ -66,7 +66,7 @@ impl Socket {
     }
 }
 
-/// Listens, and answers nobody yet.
+/// A listening socket whose clients are not answered yet.
 pub struct Listener {
     socket: Socket,
     /// Removed with it.
@@ -75,7 +75,7 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens at the address. A UNIX socket is its owner's alone.
+    /// Listens at the address. Only its owner can connect to a UNIX socket.
     pub fn bind(Address(address): &Address) -> anyhow::Result<Listener> {
         let failed = |error: io::Error| {
             let hint = match error.kind() {
@@ -105,7 +105,7 @@ impl Listener {
         Ok(Listener { socket, path, address })
     }
 
-    /// Answers those who ask with what this source has, on a thread of its own.
+    /// Answers scrapes with the values of this source, on a thread of its own.
     pub(super) fn answer(self, command: &'static str, source: impl Source) -> anyhow::Result<Exposition> {
         let end = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let end = end.context("--metrics: cannot make an eventfd")?;
@@ -120,7 +120,7 @@ impl Listener {
     }
 }
 
-/// Answers for as long as it is there.
+/// Answers until it is dropped.
 pub struct Exposition {
     end: OwnedFd,
     thread: Option<JoinHandle<()>>,
@@ -143,10 +143,10 @@ impl fmt::Debug for Exposition {
 
 impl Drop for Exposition {
     fn drop(&mut self) {
-        // It fails only when the counter is full, that is, signalled.
+        // It fails only if the counter would overflow, and then it is signalled.
         let _ = rustix::io::write(&self.end, &1u64.to_ne_bytes());
         if let Some(thread) = self.thread.take() {
-            // One that panicked has said so.
+            // A panic was reported by the thread itself.
             let _ = thread.join();
         }
     }

@@ -1,8 +1,8 @@
-//! `--metrics`: what a command that stays tells an operator's monitoring, as OpenMetrics text over HTTP (`docs/command.md:
+//! `--metrics`: the metrics of a long-running command for monitoring, as OpenMetrics text over HTTP (`docs/command.md:
 //! Metrics`; OpenMetrics 1.0).
 //!
-//! A [`Family`] of metrics is one constant, from which its lines and the table of the page come. Values are read where they are
-//! counted, when somebody asks for them.
+//! A [`Family`] of metrics is one constant, from which its lines and the table of the page are generated. Values are read where they are
+//! counted, at the time of a scrape.
 
 mod http;
 mod listener;
@@ -27,12 +27,12 @@ const PREFIX: &str = "limosa";
 /// The kind of a metric (OpenMetrics 1.0: metric types).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// It only grows, until the process ends.
+    /// A counter, which only grows.
     Counter,
     Gauge,
-    /// How many of something took how long.
+    /// A histogram.
     Histogram,
-    /// Words that do not change.
+    /// Labels that do not change.
     Info,
 }
 
@@ -102,13 +102,13 @@ enum Value {
     Number(f64),
     /// The sum, the count, and for each bucket its upper bound and its own count.
     Histogram(f64, u64, Vec<(f64, u64)>),
-    /// The labels are all that there is.
+    /// Only labels, without a number.
     Words,
 }
 
 /// Where samples come from.
 trait Source: fmt::Debug + Send + Sync + 'static {
-    /// Its families, in the order in which they are told.
+    /// Its families, in the order in which they are printed.
     fn families(&self) -> &'static [&'static Family];
     /// The samples of one of them.
     fn samples(&self, family: &'static Family) -> Vec<Sample>;

@@ -113,7 +113,7 @@ impl Receiver {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers those who ask here.
+    /// Answers scrapes here.
     pub fn answer_at(&self, listener: Listener) -> anyhow::Result<Exposition> {
         listener.answer("receive", self.clone())
     }
@@ -128,21 +128,21 @@ impl Receiver {
         self.lock().moves[4] += 1;
     }
 
-    /// Watches a move, and passes on what it sees.
+    /// Watches a move, and forwards its events.
     pub fn watch<'a>(&'a self, on: &'a dyn Observer) -> Watched<'a> {
         self.lock().under_way = Some(UnderWay { began: since_1970(), ..UnderWay::default() });
         Watched { receiver: self, on }
     }
 }
 
-/// Watches the move under way, which is over with it.
+/// Watches the current move, which has ended when this is dropped.
 pub struct Watched<'a> {
     receiver: &'a Receiver,
     on: &'a dyn Observer,
 }
 
 impl Watched<'_> {
-    /// This is how it ended.
+    /// Counts how the move ended.
     pub fn ended(self, received: &Received) {
         let (outcome, report) = match received {
             Received::Runs(report) => (0, Some(report)),
@@ -185,7 +185,7 @@ impl Observer for Watched<'_> {
 
     fn moved(&self, totals: Totals) {
         self.see(|move_| {
-            // A later call may tell of slightly less.
+            // A later call may report slightly less.
             let bytes = &mut move_.bytes;
             bytes.device_bytes = bytes.device_bytes.max(totals.device_bytes);
             bytes.memory_bytes = bytes.memory_bytes.max(totals.memory_bytes);

@@ -106,7 +106,7 @@ pub(super) const FAMILIES: &[&Family] = &[
     &STANDSTILL,
 ];
 
-/// How this process was replaced, or was to be.
+/// The switch-overs of this process.
 pub static SWITCH_OVERS: SwitchOvers = SwitchOvers { failed: AtomicU64::new(0), took_over: Mutex::new(None) };
 
 pub struct SwitchOvers {
@@ -116,7 +116,7 @@ pub struct SwitchOvers {
 }
 
 impl SwitchOvers {
-    /// Another process was to take over, and has not.
+    /// Another process was to take over, and did not.
     pub fn failed(&self) {
         self.failed.fetch_add(1, Relaxed);
     }
@@ -141,7 +141,7 @@ impl Served {
         Served(servers.iter().map(of).collect())
     }
 
-    /// Answers those who ask here.
+    /// Answers scrapes here.
     pub fn answer_at(self, listener: Listener) -> anyhow::Result<Exposition> {
         listener.answer("serve", self)
     }

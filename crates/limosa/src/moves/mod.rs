@@ -1,6 +1,6 @@
-//! The folder in which moves are remembered: the ledger of a destination, and notes of what a source has left standing
-//! still. It has to be its owner's alone (`limosa_migrate::PrivateFolder`). It is needed: a guest is not stopped, and a move
-//! is not committed, before a note of it was written.
+//! The folder of moves: the ledger of a destination, and a source's notes of stopped guests and devices. Only its owner may
+//! access it (`limosa_migrate::PrivateFolder`). It is required: a guest is not stopped, and a move is not committed, before a
+//! note of that was written.
 
 mod note;
 mod taken;
@@ -22,7 +22,7 @@ use taken::is_ours;
 /// Advice about a folder that cannot be used.
 pub const HINT: &str = "name a folder of your own with --moves";
 
-/// The folder, which may not be there.
+/// The folder, which may not exist.
 #[derive(Clone, Debug)]
 pub struct Moves(PathBuf);
 
@@ -31,11 +31,11 @@ pub struct Moves(PathBuf);
 pub struct Notes {
     pub doubts: Vec<Doubt>,
     pub stops: Vec<Stop>,
-    /// Notes that cannot be read, or are not believed.
+    /// Notes that cannot be read, or are not trusted.
     pub refused: Vec<Refused>,
 }
 
-/// A note that is not believed.
+/// A note that is not trusted.
 #[derive(Debug, Serialize)]
 pub struct Refused {
     pub file: String,
@@ -43,7 +43,7 @@ pub struct Refused {
 }
 
 impl Notes {
-    /// All that are believed, the oldest first.
+    /// All trusted notes, the oldest first.
     pub fn into_all(self) -> Vec<Note> {
         let doubts = self.doubts.into_iter().map(Note::Doubt);
         let mut all: Vec<Note> = doubts.chain(self.stops.into_iter().map(Note::Stop)).collect();
@@ -68,7 +68,7 @@ impl Moves {
         &self.0
     }
 
-    /// The folder, which is made if it is not there.
+    /// The folder, which is created if it does not exist.
     pub fn open(&self) -> anyhow::Result<PrivateFolder> {
         PrivateFolder::create(&self.0).map_err(|error| failed(Code::Unreachable, &error))
     }
@@ -120,7 +120,7 @@ impl Moves {
         Ok(notes)
     }
 
-    /// Takes a note that was found, unless another process works on its move.
+    /// Locks a note that was found for this process, unless another process works on its move.
     pub fn take(&self, note: Note) -> anyhow::Result<Taken> {
         let gone = || exit::error(Code::Refused, format!("move {}: it was settled meanwhile", note.id()));
         let folder = self.open()?;
@@ -133,7 +133,7 @@ impl Moves {
             );
             return Err(exit::error(Code::Refused, what));
         }
-        // The process that had it before has removed or replaced it.
+        // The process that held it before has removed or replaced it.
         match folder.file(&name) {
             Ok(Some(_)) => Ok(Taken::new(folder, note, file)),
             _ => Err(gone()),
@@ -147,7 +147,7 @@ impl Moves {
         file.is_some_and(|file| is_in_use(&file, FlockOperation::NonBlockingLockShared))
     }
 
-    /// Removes notes with this id, whether they are believed or not. Returns whether there was one.
+    /// Removes the notes with this id, whether they are trusted or not. Returns whether there was one.
     pub fn drop_note(&self, id: MigrationId) -> anyhow::Result<bool> {
         let failed = |error| failed(Code::Unreachable, &error);
         let Some(folder) = PrivateFolder::open(&self.0).map_err(failed)? else { return Ok(false) };

@@ -34,16 +34,16 @@ pub struct Doubt {
     /// Whether this is a save.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub saved: bool,
-    /// Whether the destination was in the same process, and cannot be asked.
+    /// Whether the destination was in the same process, so that it cannot be asked.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub here: bool,
-    /// Whether it went over TLS, and its destination is to be asked so.
+    /// Whether it went over TLS, so that its destination has to be asked over TLS.
     #[serde(default)]
     pub tls: bool,
     /// The id of the note of its stop, which this one replaces.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop: Option<String>,
-    /// What it is loaded into, where that is on this machine.
+    /// The devices that it is loaded into, if they are on this machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub load: Option<Load>,
 }
@@ -62,7 +62,7 @@ impl Doubt {
 /// The note of a guest that is being stopped for a move, which has not come to its commit.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Stop {
-    /// Not the move's, which is not known yet.
+    /// Its own: that of the move is not known yet.
     pub id: String,
     #[serde(flatten)]
     pub halted: Halted,
@@ -78,13 +78,13 @@ pub struct Halted {
     pub known: Vec<Known>,
     /// When this was noted, in seconds since 1970.
     pub since: u64,
-    /// The boot in which it was noted: no later one has anything of it left.
+    /// The boot in which it was noted: after a reboot, nothing of it is left.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<String>,
-    /// The processes that are stopped with the guest, and go on if the move is undone.
+    /// The processes that are stopped with the guest, and resumed if the move is undone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stopped: Vec<Stopped>,
-    /// The command that stops the guest, whose end only its user knows how to undo.
+    /// The command that stops the guest; only the user knows how to undo it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_stop: Option<String>,
 }
@@ -111,7 +111,7 @@ impl Known {
 }
 
 impl Halted {
-    /// Of a move that is not noted, and of which a user knows one device.
+    /// For a move without a note, of which a user names one device.
     pub fn of_one(device: &str) -> std::io::Result<Halted> {
         let devices = vec![open::lasting_name(device)?];
         Ok(Halted { devices, known: Vec::new(), since: 0, boot: None, stopped: Vec::new(), on_stop: None })

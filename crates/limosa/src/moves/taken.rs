@@ -1,4 +1,4 @@
-//! [`Taken`]: a note that one process has for itself, by a lock on its file.
+//! [`Taken`]: a note that one process holds exclusively, by a lock on its file.
 
 use std::fs::File;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use super::failed;
 use super::note::{Note, STOP};
 use crate::exit::Code;
 
-/// A note that this process has for itself.
+/// A note that this process holds exclusively.
 pub struct Taken {
     folder: PrivateFolder,
     note: Note,
@@ -30,7 +30,7 @@ impl Taken {
     /// Forgets a move that is settled.
     pub fn forget(self) -> anyhow::Result<()> {
         let failed = |error| failed(Code::Failed, &error);
-        // The note of the stop first: without the other one, it would be taken for that of a move that never committed.
+        // The note of the stop first: without the other note, it would look like that of a move that never committed.
         if let Some(stop) = self.note.doubt().and_then(|doubt| doubt.stop.as_ref()) {
             self.folder.remove(format!("{stop}{STOP}")).map_err(failed)?;
         }
@@ -43,18 +43,18 @@ impl Taken {
 pub(super) fn is_ours(file: &File) -> bool {
     let until = Instant::now() + LOOKS_MAX;
     while is_in_use(file, FlockOperation::NonBlockingLockExclusive) {
-        // A process that works on the move has the note alone. One that only looks shares it, for a moment.
+        // A process that works on the move locks the note exclusively. A process that only reads it shares it, for a moment.
         if is_in_use(file, FlockOperation::NonBlockingLockShared) || Instant::now() >= until {
             return false;
         }
-        // Two processes that want it alone would keep it from each other.
+        // Two processes that want it exclusively would block each other.
         let _ = flock(file, FlockOperation::Unlock);
         std::thread::yield_now();
     }
     true
 }
 
-/// How long others may look at a note one after the other.
+/// How long other processes may read a note one after the other.
 const LOOKS_MAX: Duration = Duration::from_secs(5);
 
 /// Whether another process has a lock on this file that excludes this one.
@@ -79,12 +79,12 @@ mod tests {
                 while !done.load(Ordering::Relaxed) {
                     is_in_use(&looks, FlockOperation::NonBlockingLockShared);
                     flock(&looks, FlockOperation::Unlock).unwrap();
-                    // On a busy machine it would else be put to sleep in the middle of nearly every look.
+                    // On a busy machine it would otherwise be preempted within nearly every look.
                     std::thread::yield_now();
                 }
             });
             let ours = (0..200).filter(|_| is_ours(&opened())).count();
-            // Before anything is asserted: the scope waits for the thread that looks.
+            // Before any assertion: the scope waits for the reading thread.
             done.store(true, Ordering::Relaxed);
             ours
         });

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use limosa_migrate::Estimate;
 
-/// What is known of a move.
+/// The known facts about a move.
 #[derive(Clone, Debug, Default)]
 pub struct View {
     pub phase: &'static str,
@@ -15,7 +15,7 @@ pub struct View {
     pub bytes_per_second: Option<u64>,
     /// The last round of pre-copy that is over, 0 for none.
     pub round: u32,
-    /// What was left behind that round.
+    /// Bytes that were left after that round.
     pub left_bytes: Option<u64>,
     pub estimate: Option<Estimate>,
 }

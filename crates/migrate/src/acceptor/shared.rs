@@ -75,7 +75,7 @@ pub(super) struct State {
     /// The move that comes after the one under way, which has committed.
     next: Option<(HeardLink, MigrationId)>,
     pub(super) answered: VecDeque<(MigrationId, Decision)>,
-    /// Connections of which it is not known yet what they are, and those that are being refused, oldest first.
+    /// Connections whose kind is not known yet, and those that are being refused, oldest first.
     pub(super) pending: VecDeque<Pending>,
     next_number: u64,
     pub(super) passed_over: PassedOver,
@@ -85,7 +85,7 @@ pub(super) struct State {
 /// The place for one move.
 pub(super) enum Slot {
     Free,
-    /// A move was offered, and nobody has taken it yet.
+    /// A move was offered, and no receiver has taken it yet.
     Waiting {
         link: HeardLink,
         id: MigrationId,

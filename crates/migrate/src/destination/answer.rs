@@ -41,8 +41,8 @@ impl Asked<'_> {
     }
 }
 
-/// Answers a question, whose preface has been answered. Nothing becomes of one that does not prove that it is of the move's
-/// source: the peer is told so.
+/// Answers a question, whose preface has been answered. A question without a proof that it comes from the move's source is
+/// refused.
 pub(crate) fn reply(
     ledger: &Ledger,
     asked: &Asked<'_>,
@@ -79,8 +79,8 @@ impl Ledger {
     ///
     /// # Errors
     ///
-    /// [`Error::NotTaken`] for a source that wants to move: it receives a refusal. Other errors when no whole question
-    /// came, the question does not prove that it is of the move's source, or the answer could not be sent.
+    /// [`Error::NotTaken`] for a source that wants to move: it receives a refusal. Other errors if no complete
+    /// question came, if the question does not prove that it comes from the move's source, or if the answer could not be sent.
     pub fn answer(
         &self,
         link: &dyn Link,

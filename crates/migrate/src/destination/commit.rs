@@ -88,8 +88,8 @@ impl<'a> Destination<'a> {
             let why = "COMMIT is due".into();
             return Err(connection.damaged(Damage::Misplaced { kind: received.header.kind, why }));
         }
-        // A device that was reset while this side held has lost what was loaded, and until *starting* is recorded a refusal
-        // gives the guest back to the source.
+        // A device that was reset while this side was holding has lost its loaded state. Until *starting* is recorded, a refusal
+        // returns the guest to the source.
         receiving.check(|_| true)?;
         match self.ledger.start(id) {
             Ok(true) => Ok(()),

@@ -92,7 +92,7 @@ impl Receiving<'_, '_> {
         if idle.time(self.frames.load(Ordering::Relaxed), now()) < limit {
             return Ok(());
         }
-        // A source has nothing to send while it waits until a device here has loaded what came.
+        // A source has nothing to send while it waits for a device here to load the received data.
         if self.queues.iter().any(|queue| queue.lock().queued > 0) {
             idle.excuse();
             return Ok(());

@@ -15,7 +15,7 @@ pub enum Obstacle {
         /// Bytes that are dirty.
         dirty_bytes: u64,
     },
-    /// A device dirties its state as fast as it is moved, or gives nothing of what it says is left.
+    /// A device dirties its state as fast as it is moved, or sends nothing although it reports data left.
     #[error(
         "{device} does not get ahead of its own changes in pre-copy ({left_bytes} bytes are left); make it less busy, \
          use a faster link or disk, or allow more downtime"
@@ -101,7 +101,7 @@ pub struct Remaining {
 }
 
 impl Remaining {
-    /// The most of what is left of memory and of these devices; `None` where nothing is.
+    /// The largest amount that is left, of memory or of one of these devices; `None` if nothing is left.
     pub(crate) fn most<'n>(memory: u64, devices: impl Iterator<Item = (&'n str, u64)>) -> Option<Remaining> {
         let all = std::iter::once(("the guest's memory", memory)).chain(devices);
         let (of, bytes) = all.filter(|(_, bytes)| *bytes > 0).max_by_key(|(_, bytes)| *bytes)?;

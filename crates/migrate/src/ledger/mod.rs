@@ -194,8 +194,9 @@ impl Ledger {
         self.decide(id, Decision::NotCommitted);
     }
 
-    /// Puts the decision about a move on the disk; why that cannot be done. A disk may take long, so this comes when nobody waits
-    /// any more. A machine that loses power before it answers `Unknown`, as it does when it loses power right before the decision.
+    /// Writes the decision about a move to the disk. Returns the reason if that fails. A disk may take long, so this is called when
+    /// nothing waits for it any more. If the machine loses power before this, it answers `Unknown`, as after a power failure right
+    /// before the decision.
     pub(crate) fn sync(&self, id: MigrationId) -> Option<String> {
         let mut moves = self.lock();
         let found = moves.iter_mut().find(|found| found.id == id)?;

@@ -159,8 +159,8 @@ impl Found {
     }
 }
 
-/// Removes the oldest records beyond this number, except those that a process has locked. What is no record, or cannot be
-/// believed, is left alone.
+/// Removes the oldest records beyond this number, except those that a process has locked. Files that are not records, or
+/// are not trusted, are left alone.
 pub(super) fn prune(folder: &PrivateFolder, keep: usize) -> io::Result<()> {
     let mut records: Vec<_> = (folder.names(SUFFIX)?.into_iter())
         .filter_map(|name| Some((folder.written_at(&name)?, name)))
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fifo_in_a_record_s_place_held_up_whoever_asked_and_whoever_pruned() {
+    fn a_fifo_in_place_of_a_record_blocked_questions_and_pruning() {
         let (folder, _put) = scene();
         let fifo = folder.path().join(name(ID));
         mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();

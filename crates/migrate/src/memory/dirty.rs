@@ -201,7 +201,7 @@ impl DirtyLogs {
                 let fresh = DirtyBitmap::new(region.size / PAGE_BYTES);
                 self.fresh.push(fresh.map_err(|_| region.failed(0, io::ErrorKind::OutOfMemory.into()))?);
             }
-            // One that fails half-way has to be stopped as well.
+            // A log whose start fails half-way has to be stopped as well.
             self.log_asked = true;
             let failed = |error: io::Error| {
                 let why = format!("the log of dirty pages cannot be started: {error}");
@@ -239,7 +239,7 @@ impl DirtyLogs {
         Ok(())
     }
 
-    /// A device's log, if it has one that the harvest after the stop asks.
+    /// A device's log, if the harvest after the stop reads it.
     pub(crate) fn of_device(&self, device: usize) -> Option<StartedLog> {
         self.device_logs.get(device).copied().flatten().filter(|_| !self.blind)
     }
@@ -288,7 +288,7 @@ impl DirtyLogs {
     }
 
     /// Ends all logs. With `give_back`, harvests once more and hands the caller's log everything that was harvested, if
-    /// anybody else lives by it. What could not be done is told. A panic of one log does not keep the others on.
+    /// it has other readers. Failures are added to the notes. A panic of one log does not prevent the end of the others.
     pub(crate) fn stop(
         &mut self,
         devices: &[MovedDevice<'_>],

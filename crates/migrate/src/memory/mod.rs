@@ -283,8 +283,8 @@ pub trait DirtyLog: Send {
 
 /// The guest memory of a move, at the source.
 ///
-/// Every page that is written during the move has to be seen, or the destination gets an old one. So there is no memory
-/// without a decision about its writers: [`Memory::logged`] has a log of what vCPUs write, and with
+/// Every page that is written during the move has to be logged, or the destination gets an old copy. So memory always comes
+/// with a decision about its writers: [`Memory::logged`] has a log of what vCPUs write, and with
 /// [`Memory::stopped`] the caller promises that they write nothing.
 #[derive(Default)]
 pub struct Memory<'a> {

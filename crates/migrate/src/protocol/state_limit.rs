@@ -1,8 +1,8 @@
 //! [`StateLimit`]: how much data one device may send, so that a device whose data never ends, or that reports no size,
 //! fills no disk and no memory.
 //!
-//! What is sent again before the stop has no bound of its own in the standard, so it is judged apart from what is left to
-//! the stop.
+//! The standard does not limit the data that is sent again before the stop, so that data has a limit of its own, apart from the
+//! data that is sent in the stop.
 
 use limosa_stream::DEVICE_BYTES_MAX;
 
@@ -21,9 +21,9 @@ const PRECOPY_BYTES_MIN: u64 = 2 << 30;
 pub(crate) struct StateLimit {
     /// The caller's limit for the whole state.
     max: Option<u64>,
-    /// How many times over it may give before the stop what it may give in the stop; `None` for any number.
+    /// The limit before the stop as a multiple of the limit in the stop; `None` for no limit.
     times: Option<u64>,
-    /// The most that it has said to have.
+    /// The largest size that it has reported.
     said: u64,
     bytes: u64,
     before_stop: Option<u64>,

@@ -16,8 +16,8 @@ const WINDOW_BYTES: u64 = 32 << 20;
 const WINDOW_TIME: Duration = Duration::from_millis(250);
 /// The longest time between two looks at devices that stream.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// A device that does not say what is left, and always has something, is stopped once it has given this much, or half of
-/// what it may give in all. It may give as much again then.
+/// A device that does not report what is left, and always has data, is stopped once it has sent this much, or half of its
+/// limit. It may send the same amount again in the stop.
 const UNKNOWN_BYTES: u64 = 1 << 30;
 
 /// The findings of a look at one device.
@@ -69,7 +69,7 @@ pub(crate) enum Next {
 #[derive(Debug)]
 pub(crate) struct StopPolicy {
     wanted: Convergence,
-    /// How much a device that does not say what is left gives before it is stopped.
+    /// The amount that a device sends before it is stopped if it does not report what is left.
     unknown_bytes: u64,
     looks: u32,
     /// The number of rounds that were made because of memory.
@@ -99,9 +99,9 @@ impl Default for Gains {
 /// Whether the pre-copy of one device gains.
 #[derive(Clone, Copy, Debug, Default)]
 struct Tracked {
-    /// When the window began, and what was sent then.
+    /// When the window began, and the bytes sent by then.
     window: Option<(Instant, u64)>,
-    /// The least that was left at the end of a window, and what had been sent then.
+    /// The least amount that was left at the end of a window, and the bytes sent by then.
     best: (u64, u64),
     /// Its bytes at first, sent or left.
     first_left: u64,
@@ -323,7 +323,7 @@ impl Tracked {
             device.sent - sent >= WINDOW_BYTES || now.saturating_duration_since(since) >= WINDOW_TIME;
         if is_over && !is_sending {
             let (best, sent_then) = self.best;
-            // A twentieth of what was moved is gained at least; less is noise, or leads nowhere.
+            // Progress is at least a twentieth of the bytes sent; less is noise, or does not converge.
             if left < best.saturating_sub((device.sent - sent_then) / 20) {
                 (self.best, self.stalled) = ((left, device.sent), 0);
             } else {

@@ -206,8 +206,8 @@ impl Unpublished {
         }
     }
 
-    /// Removes what the publication left under the temporary name: nothing after a rename, a second name of the snapshot
-    /// after a link, and after an exchange what was replaced. No failure of this is one of the publication.
+    /// Removes the temporary name, if the publication left it: after a link it is a second name of the snapshot, after an exchange
+    /// the name of the replaced file. A failure of this is not a failure of the publication.
     fn clean_up(&self, durability: Durability) -> Durability {
         let partial = self.temporary_path();
         let left = match self.folder.stat(&self.temporary) {
@@ -251,7 +251,7 @@ impl Unpublished {
 impl Drop for Unpublished {
     fn drop(&mut self) {
         if self.is_mine {
-            // One that stays is not taken for a snapshot: its name says that it is partial.
+            // A file that stays is not mistaken for a snapshot: its name says that it is partial.
             let _ = self.folder.remove(&self.temporary);
         }
     }
@@ -264,7 +264,7 @@ impl SnapshotSource for SnapshotFile {
 
     /// A descriptor of a process, as `/proc/PID/fd/N` names it, is borrowed from there; any other link of a process is refused.
     fn open(&self, _: Wait<'_>) -> Result<Box<dyn SnapshotReader>, LinkError> {
-        // A FIFO that nobody writes to is waited for where it is read.
+        // Reads wait for the writer of a FIFO, with a limit; the open does not.
         let file = limosa_host::open_to_read(&self.path, OFlags::NONBLOCK)?;
         let is_regular = file.metadata()?.is_file();
         Ok(Box::new(OpenFile { file, is_regular }))

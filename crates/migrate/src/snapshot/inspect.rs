@@ -210,7 +210,7 @@ impl Inspector {
             }
             let offer = Offer::decode(payload)?;
             self.order = Some(Order::new(&offer));
-            // Without it what is compressed is taken for damage, which a lack of memory is as well.
+            // Without it, compressed data counts as damaged; so does data for which there is no memory.
             self.unpacker = offer.compression().and_then(|compression| Unpacker::new(compression).ok());
             self.found.devices = (offer.devices.iter())
                 .map(|facts| InspectedSection {

@@ -44,8 +44,8 @@ pub enum Durability {
 /// - [`Decision::NotCommitted`]: it is not there, and cannot appear later ([`SnapshotSource::withdraw`]).
 /// - [`Decision::Unknown`]: neither is certain, for instance because something else is there now.
 ///
-/// `silence_max` is how long the place may make no progress. An error says that the place could not be asked; nothing is
-/// known then either.
+/// `silence_max` is how long the place may make no progress. An error means that the place could not be queried; the
+/// outcome is unknown then as well.
 pub fn published(
     from: &dyn SnapshotSource,
     id: MigrationId,

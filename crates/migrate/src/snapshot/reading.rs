@@ -1,5 +1,5 @@
 //! A snapshot that is being loaded, as a [`Link`] that can only be read from. It returns its last bytes only if
-//! everything that it returned is what was verified before.
+//! everything that it returned is identical to the verified data.
 
 use std::io::{self, IoSlice};
 use std::sync::Mutex;

@@ -1,5 +1,5 @@
-//! A snapshot that is being saved, as a [`Link`] that can only be written to. It collects what is written into pieces
-//! and hashes them.
+//! A snapshot that is being saved, as a [`Link`] that can only be written to. It collects written data in pieces and
+//! hashes them.
 
 use std::io::IoSlice;
 use std::sync::Mutex;
@@ -75,8 +75,8 @@ impl Writing {
         Ok(Seal { bytes: inner.bytes, blake3: *inner.hasher.finalize().as_bytes() })
     }
 
-    /// Publishes the snapshot, which is complete. Takes [`Options::load_max`] at most, apart from what is still to be
-    /// written.
+    /// Publishes the complete snapshot. Takes [`Options::load_max`] at most, in addition to the time for data that is still
+    /// to be written.
     pub(crate) fn publish(&self, options: &Options, limits: Limits<'_>) -> Published {
         let (name, limit) = (self.name.clone(), options.load_max);
         let mut inner = crate::lock::lock(&self.inner);

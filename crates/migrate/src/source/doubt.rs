@@ -204,7 +204,7 @@ impl<'a> Source<'a> {
             _ => Decision::Unknown,
         };
         if decision(&payload) == Decision::Unknown {
-            // One that does not know the move cannot prove anything, and nothing follows from its answer.
+            // A peer that does not know the move cannot prove anything, and its answer decides nothing.
             return Ok(Decision::Unknown);
         }
         proofs.check(Kind::OUTCOME, &payload).map(decision).map_err(|damage| connection.damaged(damage))

@@ -185,7 +185,7 @@ impl<'a> Source<'a> {
         (note, ending)
     }
 
-    /// The part after the handshake: starts the logs and all threads, and goes on in [`Source::script`].
+    /// The part after the handshake: starts the logs and all threads, and continues in [`Source::script`].
     fn work(
         &mut self,
         context: &Context<'a>,

@@ -76,7 +76,7 @@ impl<'a> Source<'a> {
             };
             sending.give(at, if streaming { Job::Stream } else { Job::Look });
         }
-        // The first act of a streaming device, and the only one of the others, is to ask what is left.
+        // A streaming device first reports what is left; the other devices do nothing else.
         sending.wait_all(|flow| flow.looked)?;
         let mut looking = Looking {
             names: self.devices.iter().map(|moved| moved.device.name().into()).collect(),

@@ -15,7 +15,7 @@ use crate::wire::{Connection, Frame, MeteredLink};
 /// The fate of the guest after a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AfterSave {
-    /// It goes on.
+    /// It continues to run.
     Run,
     /// Its devices stay in STOP, so that it goes on only where the snapshot is loaded.
     Stop,

@@ -22,7 +22,7 @@ use crate::reports::{Printed, Reports};
 use crate::signals;
 use progress::Progress;
 
-/// The most that a change of state or one request may take here.
+/// Time limit for a change of state or one request here.
 const REQUEST_MAX: Duration = Duration::from_secs(10);
 
 impl Printed for Document {
@@ -50,7 +50,7 @@ pub fn run(args: &args::Bench, opening: Opening<'_>, out: &Output) -> anyhow::Re
     let opener = Opener {
         limit: opening.limit.min(REQUEST_MAX),
         state_limit: opening.state_limit.min(REQUEST_MAX),
-        // It comes beside a VMM only to find out that there is one, unless that is asked for.
+        // Without the option, it connects beside a VMM only to detect it.
         role: Role::Either,
         ..opening.owned()
     };
@@ -74,7 +74,7 @@ pub fn run(args: &args::Bench, opening: Opening<'_>, out: &Output) -> anyhow::Re
     written.map_err(|error| exit::but("measured", &[exit::message(&error)]))
 }
 
-/// The effects on the device, said before the run begins.
+/// The effects on the device, reported before the run begins.
 fn what_it_does(name: &str, args: &args::Bench) -> String {
     let what = match args.in_use {
         true => "it is stopped again and again, and the guest that uses it waits",
@@ -84,7 +84,7 @@ fn what_it_does(name: &str, args: &args::Bench) -> String {
     format!("measuring {name}: {what}{peer}")
 }
 
-/// The device, opened and found to be one that may be measured.
+/// The open device, after a check that it may be measured.
 fn target(name: &str, args: &args::Bench, opener: &Opener) -> anyhow::Result<Target> {
     let device = opener.opening().open(name)?;
     if let Some(peer) = &args.peer {
@@ -100,7 +100,7 @@ fn target(name: &str, args: &args::Bench, opener: &Opener) -> anyhow::Result<Tar
     if !args.in_use {
         refuse_use(&device)?;
     }
-    // One in ERROR has nothing to lose by the reset that leads out of it.
+    // A device in ERROR loses nothing by the reset that recovers it.
     let states: &[State] = if in_use { &[State::Running] } else { &[State::Running, State::Error] };
     refuse_state(&device, states)?;
     // Without it accesses have no baseline.
@@ -121,7 +121,7 @@ fn target(name: &str, args: &args::Bench, opener: &Opener) -> anyhow::Result<Tar
     Ok(Target { name: name.into(), open: Arc::new(open), peer, fd, in_use })
 }
 
-/// A guest's device is not stopped without being asked.
+/// The device of a guest is not stopped without a request.
 fn refuse_use(device: &Opened) -> anyhow::Result<()> {
     let why = match (device.is_beside_vmm(), device.is_borrowed()) {
         (true, _) => "a VMM is using it, and a measurement stops and resets it",
@@ -150,7 +150,7 @@ fn refuse_state(device: &Opened, states: &[State]) -> anyhow::Result<()> {
 /// The exit code: whether the run came to its end, and the device runs.
 fn judge(name: &str, document: &Document, cancel: &AtomicBool) -> anyhow::Result<()> {
     let left_in = &document.left_in;
-    // Called off or not, this is what matters of it. A device without migration has only one state.
+    // This matters also if the run was called off. A device without migration has only one state.
     if left_in != State::Running.name() && !left_in.starts_with("its only state") {
         let why = document.ended_early.as_ref().map_or(String::new(), |why| format!("{why}; "));
         return Err(exit::error(Code::Failed, format!("{name}: {why}left in {left_in}")));

@@ -136,7 +136,7 @@ fn demonstrate(args: &args::Demo, limit: Duration, cancel: &Cancel, out: &Output
     let destination = End::start(folder.path(), "destination", args, limit)?;
     ensure!(!cancel.is_cancelled());
     let say = |line: &dyn Fn() -> String| {
-        // It goes on for those who read the rest.
+        // Continue for the readers of the rest.
         let _ = out.text(|to| writeln!(to, "{}", line()));
     };
     say(&|| {

@@ -1,5 +1,5 @@
 //! The demo's guest, its serial part: a thread that sends numbered bytes through a 16550A in loopback
-//! mode and checks each that comes back. It can be parked like a vCPU, and go on with another device.
+//! mode and checks each that comes back. It can be parked like a vCPU, and continue with another device.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -77,7 +77,7 @@ impl Serial {
         Count { sent: state.sent, received: state.received }
     }
 
-    /// Goes on, with another device if one is given.
+    /// Continues, with another device if one is given.
     pub fn unpark(&self, device: Option<Arc<dyn Device>>) {
         let mut state = self.shared.lock();
         if let Some(device) = device {

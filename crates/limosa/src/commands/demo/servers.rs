@@ -63,7 +63,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
-        // One that has ended already is waited for all the same.
+        // A server that has ended already is waited for as well.
         if let Some(pid) = pid {
             let _ = kill_process(pid, Signal::TERM);
         }

@@ -1,4 +1,4 @@
-//! [`Estimate`]: the downtime of a device at the speed of a link, from what it says or what was measured.
+//! [`Estimate`]: the downtime of a device at the speed of a link, from the size that it reports or from a measurement.
 
 use std::io::{self, Write};
 
@@ -23,7 +23,7 @@ pub struct Estimate {
     pub at_most: bool,
     /// That much over the link.
     pub transfer_ns: u64,
-    /// Where they were measured: the arcs to STOP_COPY, the reads, the arcs to RUNNING.
+    /// If they were measured: the arcs to STOP_COPY, the reads, the arcs to RUNNING.
     pub stop_ns: Option<u64>,
     pub read_ns: Option<u64>,
     pub start_ns: Option<u64>,
@@ -36,7 +36,7 @@ pub fn of(looked: &Looked, rates: &[Rate]) -> Vec<Estimate> {
     let measured = looked.report.measured.as_ref();
     let said = looked.known.stop_copy_bytes;
     let Some(state_bytes) = measured
-        // The size of a state that was not read to its end is that which the device gives.
+        // If the state was not read to its end, its size is the one that the device reports.
         .map(|measured| {
             if measured.to_the_end { measured.stop_bytes } else { measured.stop_bytes.max(said.unwrap_or(0)) }
         })

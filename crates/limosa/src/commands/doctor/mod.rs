@@ -44,7 +44,7 @@ pub fn run(args: &args::Doctor, opening: Opening<'_>, out: &Output) -> anyhow::R
     };
     let cancel = Arc::new(AtomicBool::new(false));
     if args.measure {
-        // A command that only looks leaves nothing behind, so signals end it at once.
+        // A command that only reads has nothing to clean up, so signals end it at once.
         let called_off = Arc::clone(&cancel);
         signals::call_off(move || called_off.store(true, Ordering::Relaxed))?;
     }
@@ -66,7 +66,7 @@ pub fn run(args: &args::Doctor, opening: Opening<'_>, out: &Output) -> anyhow::R
     }
     let report = Report::new(machine, devices, estimates, findings);
     out.result(&report, |to| output::folded(to, |to| report.print(to)))?;
-    // That the device does not run again comes first, also where a signal ended the measurement.
+    // A device that does not run again is reported first, also if a signal ended the measurement.
     if cancel.load(Ordering::Relaxed) && !report.has(&NOT_RESTORED) {
         return Err(exit::error(Code::Cancelled, "called off; the device was let go"));
     }

@@ -11,7 +11,7 @@ use super::device::{Looked, of_error};
 use super::finding::{DESTINATION_USED, DEVICE_SILENT, DIFFERS, Finding, PAIR_FLAGS, SAME_DEVICE};
 use crate::open;
 
-/// The most that the comparison may take.
+/// Time limit for the comparison.
 const COMPARE_MAX: Duration = Duration::from_secs(60);
 
 pub fn compare(source: &Looked, destination: &Looked) -> Vec<Finding> {
@@ -30,7 +30,7 @@ pub fn compare(source: &Looked, destination: &Looked) -> Vec<Finding> {
     let mut findings = Vec::new();
     match compared {
         Done::Value(Ok(reasons)) => {
-            // That a device has no migration was found for each of them.
+            // A device without migration is a finding of its own.
             let reasons = reasons.into_iter().filter(|reason| reason.kind != MismatchKind::NoMigration);
             findings.extend(reasons.map(|reason| Finding::new(&DIFFERS, &subject, reason.message)));
         }

@@ -1,4 +1,4 @@
-//! [`Report`]: all that the doctor found, as text and as JSON.
+//! [`Report`]: everything that the doctor found, as text and as JSON.
 
 use std::io::{self, Write};
 
@@ -39,7 +39,7 @@ pub struct DeviceReport {
     pub measured: Option<Measured>,
 }
 
-/// How it all comes out.
+/// The overall result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {

@@ -108,7 +108,7 @@ impl<'a> Ending<'a> {
         }
     }
 
-    /// Nobody here knows who runs.
+    /// It is not known here which side runs.
     pub fn in_doubt(&self, device: &str, doubt: &InDoubt, guest: &Guest<'_>) -> anyhow::Error {
         let processes = guest.what_stays_stopped();
         let error = exit::error(

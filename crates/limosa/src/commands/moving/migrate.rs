@@ -47,7 +47,7 @@ fn between(
     let (pages, pages_there) = (from.source_pages(&args.stopping)?, to.destination_pages()?);
     let mut log = pages.log();
     let moves = Moves::new(args.moves.folder.as_deref());
-    // A guest that is not stopped from here is not left so either, unless its device is told to stay.
+    // A guest that this command does not stop is not left stopped either, unless its device is told to stay.
     let is_beside_vmm = from.devices().iter().any(Opened::is_beside_vmm);
     let noting = match args.stopping.stops_the_guest() || is_beside_vmm {
         true => {

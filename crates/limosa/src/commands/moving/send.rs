@@ -72,7 +72,7 @@ fn over(
                     source(&moved, memory(endpoint, &pages, &mut log), &guest, &progress, &options, cancel);
                 asking.resolve(doubt, &link)
             }
-            // Nobody is there to be asked, now or later.
+            // There is no destination to ask, now or later.
             Err(error) if nobody_listens(&error) => {
                 return Err(ending.in_doubt(&endpoint.name(), &doubt, &guest));
             }

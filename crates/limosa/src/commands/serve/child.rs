@@ -1,5 +1,5 @@
-//! A new process that the old one starts in its place at SIGUSR2: its own command line anew, by the path by which it was started
-//! itself, so that a version that was installed there since runs. It needs no right to attach to this process.
+//! A new process that the old one starts in its place at SIGUSR2, with its own command line and the path by which it was started
+//! itself, so that a version that was installed there since is used. It needs no right to attach to this process.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -23,7 +23,7 @@ pub enum Failed {
     NotReplaced { pid: u32, error: Error, end: End },
 }
 
-/// How a process has ended that did not take over.
+/// The end of a process that did not take over.
 pub enum End {
     Itself(ExitStatus),
     Killed,
@@ -46,7 +46,7 @@ impl fmt::Display for Failed {
     }
 }
 
-/// Starts a new process, and hands over to it. Its number, if it serves.
+/// Starts a new process, and hands over to it. Returns its number if it serves.
 pub fn start_and_give(
     giver: &dyn Giver,
     options: &GiveOptions,
@@ -66,7 +66,7 @@ pub fn start_and_give(
     }
 }
 
-/// Waits for the end of a process that does not serve, nor will it.
+/// Waits for the end of a process that does not serve, and will not.
 fn end(child: &mut Child) -> End {
     let ends = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).is_ok_and(|pidfd| {
         let limit = Timespec::try_from(END_LIMIT).unwrap_or_default();

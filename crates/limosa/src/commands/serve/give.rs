@@ -1,4 +1,4 @@
-//! The old process of a switch-over: it waits for one that takes its place, and serves on after every attempt that fails.
+//! The old process of a switch-over: it waits for a process that takes its place, and keeps serving after every failed attempt.
 
 use std::os::fd::AsFd;
 use std::time::Instant;

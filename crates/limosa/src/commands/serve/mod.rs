@@ -205,7 +205,7 @@ fn serve(
         let start = |server| {
             let serve = move || {
                 let served = Server::serve(server);
-                // One that has failed ends the command.
+                // A failed server ends the command.
                 requests.stop.shut_down();
                 served
             };

@@ -15,7 +15,7 @@ use super::config::Device;
 use crate::args;
 use crate::exit::{self, Code};
 
-/// The model of this device. One that `waits` takes no input before it is started.
+/// The model of this device. A model that `waits` accepts no input before it is started.
 pub fn model(device: &Device, waits: bool, limit: Duration) -> anyhow::Result<Box<dyn SimpleModel>> {
     let Device { model, options: all, origin, .. } = device;
     let options = all.join(",");

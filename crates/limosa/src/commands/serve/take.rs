@@ -52,7 +52,7 @@ pub struct StepTime {
     pub ns: u64,
 }
 
-/// The old server, and how messages call it; `None` for a process that takes nobody's place. The server that started this process comes
+/// The old server, and how messages call it; `None` for a process that replaces no other. The server that started this process comes
 /// before `--take-from`, which is that of an earlier switch-over then.
 pub fn old_server(args: &args::Serve) -> anyhow::Result<Option<(OldServer<'_>, String)>> {
     let parent = parent_server().map_err(|error| match error.kind() {

@@ -103,7 +103,7 @@ pub fn stays_within_host(address: &Address, within: Duration) -> std::io::Result
 }
 
 pub(super) fn is_loopback(address: &SocketAddr) -> bool {
-    // An IPv4 address in the form of IPv6 is what it stands for.
+    // An IPv4-mapped IPv6 address counts as the IPv4 address.
     address.ip().to_canonical().is_loopback()
 }
 
@@ -133,7 +133,7 @@ fn in_time<T: Send + 'static>(
     let cancelled = sender.clone();
     let _watch = wait.cancel.map(|cancel| {
         cancel.watch(move || {
-            // Refused when nobody waits any more.
+            // Refused if the caller no longer waits.
             let _ = cancelled.try_send(None);
         })
     });

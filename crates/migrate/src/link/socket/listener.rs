@@ -25,7 +25,7 @@ enum Socket {
     Unix {
         /// Goes first, while the socket is known to be a live destination's.
         _path: SocketPath,
-        /// Connections that nobody accepted are closed with it.
+        /// Connections that were not accepted are closed with it.
         listener: Foreign<UnixListener>,
     },
     Tcp(TcpListener),

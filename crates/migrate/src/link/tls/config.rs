@@ -53,7 +53,7 @@ impl fmt::Debug for Tls {
 
 impl Tls {
     /// Reads PEM files: the authorities that may have issued the other end's certificate; this end's certificate,
-    /// followed by the intermediate ones up to its authority; and its key, which nobody but its owner may be able to read.
+    /// followed by the intermediate ones up to its authority; and its key, which only its owner may be able to read.
     ///
     /// `name` is the name in the other end's certificate, a host name or an IP address. Without it a source expects the
     /// host that it connects to, and a destination accepts any certificate of the authorities.

@@ -21,10 +21,10 @@ use crate::open::Opened;
 use crate::open_elsewhere;
 use crate::output;
 
-/// Page sizes that a log is asked for.
+/// Page sizes with which a log is requested.
 const PAGES: [u64; 3] = [4 << 10, 64 << 10, 2 << 20];
 
-/// How many ranges a log is asked for, the most first. The kernel takes 256 of them.
+/// Numbers of ranges with which a log is requested, the largest first. The kernel accepts 256.
 const RANGES: [u64; 4] = [256, 64, 16, 1];
 
 /// The length and the distance of those ranges, in bytes.
@@ -33,7 +33,7 @@ const RANGE_BYTES: u64 = 2 << 20;
 /// Less than this in one message is little.
 const MESSAGE_LEAST: u32 = 64 << 10;
 
-/// Asks the device for all of it. An error ends the look: the device does not answer as it should.
+/// Queries the device. An error ends the examination: the device does not answer as it should.
 pub fn gather(device: &Opened, moves: &Moves, looked: &mut Looked) -> anyhow::Result<()> {
     reach(device, looked);
     let found = probe::probe(&**device)?;
@@ -161,7 +161,7 @@ fn stands(device: &Opened, state: State, looked: &mut Looked) {
     }
 }
 
-/// The facts from sysfs and from the address space of a device of the kernel's.
+/// The facts from sysfs and from the address space of a kernel device.
 fn kernels(kernel: probe::Kernel, logs: bool, looked: &mut Looked) {
     let or_unknown = |text: Option<String>| text.unwrap_or_else(|| "unknown".into());
     let facts = &mut looked.report.facts;
@@ -178,7 +178,7 @@ fn kernels(kernel: probe::Kernel, logs: bool, looked: &mut Looked) {
     }
 }
 
-/// Which pages and ranges the log takes: started and stopped again. Not beside a VMM, which may be about to log.
+/// The page sizes and ranges that the log accepts: it is started and stopped again. Not beside a VMM, which may be about to log.
 fn log(device: &Opened, looked: &mut Looked) -> anyhow::Result<()> {
     if device.is_beside_vmm() || device.is_borrowed() {
         looked.report.facts.add("dirty log", "there; not started beside a VMM");

@@ -31,7 +31,7 @@ pub struct Measured {
     /// The data of the stopped device in bytes, and the time of its reads in ns.
     pub stop_bytes: u64,
     pub read_ns: u64,
-    /// Whether that was all of it.
+    /// Whether it was read to its end.
     pub to_the_end: bool,
 }
 
@@ -59,13 +59,13 @@ pub fn measure(device: &dyn Device, flags: MigrationFlags, cancel: &AtomicBool) 
     let mut outcome = Outcome::default();
     let back = match &walked {
         Ok(()) => walk.run_again(),
-        // Nothing more can be asked of it here. Its server takes it back from a client that is gone.
+        // It cannot be driven from here any more. Its server lets it run again when this client is gone.
         Err(error) if error.is_connection_lost() => {
             outcome.not_restored = Some("in which state it is now is not known".into());
             outcome.failed = Some(error.to_string());
             return outcome;
         }
-        // Where the walk stopped is the device's to say.
+        // Only the device knows in which state it stopped.
         Err(_) => device.set_state(State::Running).map(drop),
     };
     match walked {
@@ -121,7 +121,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Reads until there is no more for now; how many bytes, and whether that was it.
+    /// Reads until there is no more data for now. Returns the number of bytes, and whether the end was reached.
     fn read(&mut self, most: Duration, cancel: &AtomicBool) -> Result<(u64, bool)> {
         let Some(stream) = &mut self.stream else {
             let (device, state) = (self.device.name().to_owned(), self.at);

@@ -1,4 +1,4 @@
-//! A device: how it is reached, what it can do, and in which state it is. Each look is within a limit, whatever the device does.
+//! A device: how it is reached, what it can do, and in which state it is. Each examination has a limit, whatever the device does.
 
 mod facts;
 pub mod measure;
@@ -24,13 +24,13 @@ use crate::open::{self, Opened, Opener, Opening};
 use crate::open_elsewhere::OpenElsewhere;
 use crate::output::Output;
 
-/// The most that one request of vfio-user may take here, so that a server that hangs costs little.
+/// Time limit for one vfio-user request here, so that a hanging server costs little time.
 const REQUEST_MAX: Duration = Duration::from_secs(5);
 
-/// The most that one arc may take when it is measured: less than the patience of a VMM whose device it is.
+/// Time limit for one arc in a measurement: less than a VMM waits for its device.
 const ARC_MAX: Duration = Duration::from_secs(3);
 
-/// The most that a look at a device may take. A driver of the kernel's knows no limits of its own.
+/// Time limit for the examination of a device. Kernel drivers have no limits of their own.
 const LOOK_MAX: Duration = Duration::from_secs(60);
 
 /// How devices are opened here.
@@ -40,7 +40,7 @@ pub fn opener(opening: Opening<'_>, measure: bool) -> Opener {
     Opener { limit, state_limit, ..opening.owned() }
 }
 
-/// The result of a look at a device.
+/// The result of the examination of a device.
 pub struct Looked {
     pub report: DeviceReport,
     pub findings: Vec<Finding>,
@@ -68,7 +68,7 @@ impl Looked {
     }
 }
 
-/// Looks at a device. Never an error: what goes wrong is a finding.
+/// Examines a device. A failure is a finding, not an error.
 pub fn look(name: &str, opener: &Opener, moves: &Moves) -> Looked {
     let report = DeviceReport { device: name.into(), facts: Facts::default(), measured: None };
     let nothing = Looked { report, findings: Vec::new(), device: None, known: Known::default() };
@@ -133,7 +133,7 @@ pub fn of_error(name: &str, error: &anyhow::Error) -> Finding {
     }
 }
 
-/// A device of the kernel's that somebody has open, with the name that it has there.
+/// A kernel device that another process has open, by its name in that process.
 fn in_use(name: &str, message: String) -> Finding {
     let finding = Finding::new(&DEVICE_IN_USE, name, message);
     let Some(listed) = open::listed(name) else { return finding };

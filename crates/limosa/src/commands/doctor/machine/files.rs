@@ -1,5 +1,5 @@
-//! [`Host`]: where the facts about a machine come from: files below a root, and a few questions to the system that no file
-//! answers. Tests play other machines with folders and a [`System`] of their own.
+//! [`Host`]: where the facts about a machine come from: files below a root, and a few queries to the system that no file
+//! answers. Tests imitate other machines with folders and a [`System`] of their own.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
@@ -56,7 +56,7 @@ impl<'a> Host<'a> {
         self.path(path).exists()
     }
 
-    /// The bytes of a file, up to a limit; `None` where there is none, or where it cannot be read, which is remembered.
+    /// The bytes of a file, up to a limit; `None` if it does not exist, or cannot be read, which is noted.
     pub fn bytes(&self, path: &str) -> Option<Vec<u8>> {
         let found = self.path(path);
         let read = || -> io::Result<Vec<u8>> {
@@ -88,7 +88,7 @@ impl<'a> Host<'a> {
         self.text(path)?.parse().ok()
     }
 
-    /// The names in a folder, in order; none where there is no such folder.
+    /// The names in a folder, in order; none if the folder does not exist.
     pub fn entries(&self, path: &str) -> Vec<String> {
         let found = self.path(path);
         let entries = match fs::read_dir(&found) {

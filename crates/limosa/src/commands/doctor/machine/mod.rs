@@ -16,14 +16,14 @@ use files::System;
 pub use files::{Host, Running};
 use kernel::Release;
 
-/// The purpose of the look.
+/// The purpose of the examination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wanted {
-    /// No device is named: everything, and what concerns the kernel's devices stands in the way of nothing else.
+    /// No device is named: everything is examined, and findings about kernel devices are no obstacle to other devices.
     Machine,
-    /// One of the kernel's is.
+    /// A kernel device is named.
     KernelDevice,
-    /// Only devices behind sockets are.
+    /// Only devices behind sockets are named.
     Socket,
 }
 
@@ -40,7 +40,7 @@ impl Look<'_> {
         self.findings.extend(self.finding(kind, what));
     }
 
-    /// A finding, unless it is about what nobody asked for.
+    /// Adds a finding, unless it concerns something that was not asked for.
     fn finding(&self, kind: &'static Kind, what: impl Into<String>) -> Option<Finding> {
         let mut finding = Finding::new(kind, "machine", what);
         match (kind.about, self.wanted) {
@@ -56,7 +56,7 @@ impl Look<'_> {
     }
 }
 
-/// Looks at all of it.
+/// Examines the whole machine.
 pub fn look(host: &Host<'_>, wanted: Wanted) -> (Facts, Vec<Finding>) {
     let mut look = Look { host, wanted, facts: Facts::default(), findings: Vec::new() };
     let release = kernel::look(&mut look);

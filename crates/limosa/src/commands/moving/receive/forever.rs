@@ -35,7 +35,7 @@ pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyh
     let (links, address) = Links::listening(&args.listen, &args.link.tls, &args.names)?;
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let guests = Guests { moves: &moves };
-    // What is wrong before anybody connects is said at once. A guest that is here already may move on.
+    // Errors are reported at once, before a source connects. A guest that is here already may still move away.
     let endpoint = guests.endpoint(args, opening)?;
     if let Err(error) = guests.check_free(&endpoint) {
         tracing::warn!("{}", exit::message(&error));
@@ -151,7 +151,7 @@ impl Guests<'_> {
         written.with_context(|| format!("what is received cannot be noted in {}", folder.path().display()))
     }
 
-    /// These devices have a guest from now on. What was noted of them before.
+    /// Notes that these devices have a guest from now on. Returns the earlier note.
     fn hold(&self, devices: &[Opened]) -> anyhow::Result<Vec<(String, Option<Held>)>> {
         let mut before = Vec::new();
         for device in devices {
