@@ -173,7 +173,7 @@ impl Moves {
 
     /// Notes how a move in doubt has ended that was loaded on this machine.
     pub fn settled(&self, doubt: &Doubt, decision: Decision) {
-        let Some(load) = doubt.load.clone() else { return };
+        let Some(load) = doubt.load.as_deref().cloned() else { return };
         let ended = Some(match decision {
             Decision::Committed => Outcome::Committed,
             _ => Outcome::NotCommitted,
@@ -197,7 +197,7 @@ impl Moves {
         let identity = open::identity(device.given())?;
         let loaded = read(&folder, LOADED).into_iter().map(|(note, file): (Note, _)| (note, file, false));
         let doubts = read(&folder, DOUBT).into_iter().filter_map(|(doubt, file): (Doubt, _)| {
-            Some((Note { id: doubt.id, load: doubt.load?, ended: None }, file, true))
+            Some((Note { id: doubt.id, load: *doubt.load?, ended: None }, file, true))
         });
         let of_device = loaded.chain(doubts).filter_map(|(note, file, is_doubt)| {
             note.load.index(&identity).map(|at| (at, note, file, is_doubt))

@@ -17,6 +17,7 @@ mod memory;
 mod metrics;
 mod moved;
 mod moves;
+mod named_once;
 mod new_file;
 mod noted_devices;
 mod noting;
@@ -30,6 +31,7 @@ mod reports;
 mod service;
 mod signals;
 mod snapshot_location;
+mod standard_error;
 mod staying;
 mod terminal;
 mod text;
@@ -60,12 +62,15 @@ fn main() -> ExitCode {
         // The user asked for the help or the version.
         Err(error) => error.exit(),
     };
+    standard_error::begin();
     log::begin(cli.verbose, cli.log_json);
     let out = Output::new(cli.json, Some(cli.command.name()));
-    match run(&cli, &out) {
+    let code = match run(&cli, &out) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => ExitCode::from(exit::tell(&error, &out) as u8),
-    }
+    };
+    standard_error::end();
+    code
 }
 
 /// Whether a command line that cannot be understood asks for JSON.
@@ -77,6 +82,7 @@ fn json_is_asked_for() -> bool {
 }
 
 fn run(cli: &Cli, out: &Output) -> anyhow::Result<()> {
+    named_once::check(&cli.command)?;
     let door = cli.door.map(|door| match door {
         args::Door::Cdev => Door::Cdev,
         args::Door::Group => Door::Group,

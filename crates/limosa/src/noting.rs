@@ -25,7 +25,7 @@ pub enum Target {
     /// The place of a snapshot.
     Snapshot(String),
     /// Devices on this machine, whose destination is in this process. Nothing depends on `load`.
-    Here { to: String, load: Option<Load> },
+    Here { to: String, load: Option<Box<Load>> },
 }
 
 /// The devices of an endpoint, as they are noted.

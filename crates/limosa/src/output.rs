@@ -1,12 +1,13 @@
 //! Output of the command: text or JSON on standard output, progress on standard error.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use limosa_protocol::MigrationFlags;
 use serde::Serialize;
 
 use crate::exit::{self, Code};
+use crate::standard_error;
 use crate::terminal;
 use crate::text;
 
@@ -74,8 +75,7 @@ impl Output {
         if self.told.swap(true, Ordering::Relaxed) {
             return;
         }
-        // If this fails, there is nowhere to report it.
-        let _ = writeln!(io::stderr(), "{}", text::lines(message));
+        standard_error::line(format!("{}\n", text::lines(message)).as_bytes());
         if self.json && !self.printed.swap(true, Ordering::Relaxed) {
             let _ = self.line(failure, |_| Ok(()));
         }
@@ -108,6 +108,8 @@ impl Output {
                 text::lines(&String::from_utf8_lossy(&written))
             }
         };
+        // On a terminal, what was said before comes before.
+        standard_error::settle();
         let mut to = io::stdout().lock();
         match to.write_all(printed.as_bytes()).and_then(|()| to.flush()) {
             // The reader has closed its end.
@@ -128,7 +130,7 @@ impl Output {
 
     /// The same on standard error, if standard output is used for something else.
     pub fn say_aside(&self, line: &str) {
-        let _ = writeln!(io::stderr(), "{}", fitted(line, terminal::error_columns()));
+        standard_error::line(format!("{}\n", fitted(line, terminal::error_columns())).as_bytes());
     }
 
     /// Says that the command listens at this address, as [`Output::say`] does. The process that started this one waits for this line.
@@ -138,7 +140,7 @@ impl Output {
 
     /// Whether progress bars make sense.
     pub fn progress(&self) -> bool {
-        !self.json && io::stderr().is_terminal()
+        !self.json && terminal::moves_cursor()
     }
 }
 

@@ -113,6 +113,11 @@ impl<'a> Reports<'a> {
 }
 
 impl ReportFile {
+    /// Its name.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The file for one of many moves: the id of the move stands before the ending of the name.
     pub fn of_move(&self, id: MigrationId) -> ReportFile {
         let part = |part: Option<&std::ffi::OsStr>| part.unwrap_or_default().to_os_string();

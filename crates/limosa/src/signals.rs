@@ -2,6 +2,7 @@
 //! for a move.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use limosa_migrate::Cancel;
@@ -14,12 +15,17 @@ use signal_hook::consts::{
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::{emulate_default_handler, signal_name};
 
+use crate::standard_error;
+
 /// These call a move off. By default each would end the process at once.
 const CALL_OFF: [i32; 5] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXCPU];
 /// These would end the process by default, and mean nothing to a move. The standard library ignores SIGPIPE.
 const IGNORED: [i32; 7] = [SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGXFSZ];
 /// These suspend the process, and would prolong a guest's standstill.
 const SUSPEND: [i32; 3] = [SIGTSTP, SIGTTIN, SIGTTOU];
+
+/// Signals within this time of the first are one wish that the process ends.
+const ONE_END: Duration = Duration::from_secs(2);
 
 /// Whether a guest stands still because of this process.
 static STANDS_STILL: AtomicBool = AtomicBool::new(false);
@@ -49,14 +55,19 @@ impl Drop for Standstill {
     }
 }
 
-/// Calls `end` on a thread of its own at the first SIGINT, SIGTERM or SIGHUP. The second one has its default effect. For commands
-/// that need no cleanup. A SIGHUP that was ignored when the command was started stays ignored.
+/// Calls `end` on a thread of its own at the first SIGINT, SIGTERM or SIGHUP. A later one has its default effect, unless it comes
+/// right after the first: programs that end others (timeout(1)) signal a process and its group. For commands that need no cleanup. A
+/// SIGHUP that was ignored when the command was started stays ignored.
 pub fn on_end(end: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
-    let mut end = Some(end);
+    let (mut end, mut first) = (Some(end), None);
     let mut signals = vec![SIGINT, SIGTERM, SIGHUP];
     signals.retain(|signal| *signal != SIGHUP || !is_ignored(SIGHUP));
     handle(signals, move |signal| match end.take() {
-        Some(end) => end(),
+        Some(end) => {
+            first = Some(Instant::now());
+            end();
+        }
+        None if first.is_some_and(|first| first.elapsed() < ONE_END) => {}
         None => default(signal),
     })
 }
@@ -93,6 +104,7 @@ pub fn pass_on(mut pass: impl FnMut(Signal) + Send + 'static) -> anyhow::Result<
 /// Ends this process as another one has ended: with its code, or by its signal. The shell's code for a signal that does not end
 /// this one.
 pub fn end_as(ended: Ended) -> ! {
+    standard_error::end();
     match ended {
         Ended::Detached => std::process::exit(0),
         Ended::Exited(code) => std::process::exit(code),

@@ -1,5 +1,6 @@
 //! A pseudo-terminal (pty(7)), and what a person would see on it.
 
+use std::fmt;
 use std::fs::File;
 use std::io::Read;
 
@@ -44,7 +45,6 @@ impl Terminal {
 }
 
 /// A screen, as high as what is written to it.
-#[derive(Debug)]
 pub struct Screen {
     columns: usize,
     rows: Vec<Vec<char>>,
@@ -154,6 +154,18 @@ impl Screen {
         }
         row[self.column] = letter;
         self.column += 1;
+    }
+}
+
+impl fmt::Debug for Screen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Screen")
+            .field("columns", &self.columns)
+            .field("rows", &self.rows())
+            .field("shown", &self.shown)
+            .field("wrapped", &self.wrapped)
+            .field("is_coloured", &self.is_coloured)
+            .finish_non_exhaustive()
     }
 }
 

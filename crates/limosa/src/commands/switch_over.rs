@@ -64,6 +64,13 @@ struct Replaced {
     new_pid: u32,
 }
 
+/// The new server serves, whatever failed behind that.
+fn serves_but(printed: anyhow::Result<()>, cannot: Option<String>) -> anyhow::Result<()> {
+    let failures: Vec<_> =
+        printed.err().map(|error| exit::message(&error)).into_iter().chain(cannot).collect();
+    if failures.is_empty() { Ok(()) } else { Err(exit::but("the new server serves", &failures)) }
+}
+
 pub fn run(args: &args::SwitchOver, out: &Output) -> anyhow::Result<()> {
     let old = Old::find(&args.path)?;
     let mut new = New::start(args)?;
@@ -71,14 +78,12 @@ pub fn run(args: &args::SwitchOver, out: &Output) -> anyhow::Result<()> {
     let why = match said {
         Ok(Said::Serves(listening)) => match &listening.took_over {
             Some(took_over) => {
-                out.result(&listening, |to| took_over.print(to))?;
-                return match &took_over.takeover_failed {
-                    None => Ok(()),
-                    Some(error) => Err(exit::but(
-                        "the new server serves",
-                        &[format!("no other can replace it: {}", plain(error))],
-                    )),
-                };
+                let printed = out.result(&listening, |to| took_over.print(to));
+                let cannot = took_over
+                    .takeover_failed
+                    .as_ref()
+                    .map(|error| format!("no other can replace it: {}", plain(error)));
+                return serves_but(printed, cannot);
             }
             None => "the new server took over from nobody; expected --take-from in its command".to_owned(),
         },
@@ -99,9 +104,10 @@ pub fn run(args: &args::SwitchOver, out: &Output) -> anyhow::Result<()> {
     let other = if serves == Some(false) { old.replaced_by() } else { None };
     let (old, new) = (known.old_pid, known.new_pid);
     if new_ended.is_none() && other.is_some_and(|pid| pid.unsigned_abs() == new) {
-        return out.result(&Replaced { old_pid: old, new_pid: new }, |to| {
+        let printed = out.result(&Replaced { old_pid: old, new_pid: new }, |to| {
             writeln!(to, "process {new} serves in place of process {old}, which has ended")
         });
+        return serves_but(printed, None);
     }
     let (code, what) = match (serves, new_ended) {
         (Some(true), Some(_)) => (Code::Failed, format!("the old server, process {old}, serves as before")),

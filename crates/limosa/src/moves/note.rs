@@ -45,7 +45,7 @@ pub struct Doubt {
     pub stop: Option<String>,
     /// The devices that it is loaded into, if they are on this machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub load: Option<Load>,
+    pub load: Option<Box<Load>>,
 }
 
 impl Doubt {

@@ -2,6 +2,7 @@
 
 mod bench;
 mod beside;
+mod blocked;
 mod browser;
 mod causes;
 mod checksums;
@@ -24,6 +25,7 @@ mod log;
 mod many;
 mod memory;
 mod metrics;
+mod named_once;
 mod names;
 mod permissions;
 mod region;

@@ -160,10 +160,15 @@ fn qemu(served: &Served) -> Raw {
     raw
 }
 
+/// A busy machine may take long between two steps of a test.
+fn unhurried() -> Options {
+    Options { dma_limit: Duration::from_secs(60), park_limit: Duration::from_secs(60), ..Options::default() }
+}
+
 #[test]
 fn echo_marks_the_logged_pages_in_the_vmms_own_log() {
     for is_qemu in [true, false] {
-        let served = Served::new();
+        let served = Served::with(TestDevice::new().machine(), unhurried());
         let mut vmm = if is_qemu { qemu(&served) } else { served.peer() };
         let mut control = Raw::control(served.path());
         let memory = memory(1 << 20);

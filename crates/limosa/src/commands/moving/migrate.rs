@@ -51,7 +51,7 @@ fn between(
     let is_beside_vmm = from.devices().iter().any(Opened::is_beside_vmm);
     let noting = match args.stopping.stops_the_guest() || is_beside_vmm {
         true => {
-            let load = Load::of(to, &from.name()).ok();
+            let load = Load::of(to, &from.name()).ok().map(Box::new);
             Some(Noting::new(&moves, from, Target::Here { to: to.name(), load })?)
         }
         false => None,

@@ -22,6 +22,7 @@ use crate::metrics::{Listener as MetricsListener, SWITCH_OVERS, Served};
 use crate::output::{self, Output, plain};
 use crate::service;
 use crate::signals;
+use crate::standard_error;
 
 /// The old process ends within this time, or is killed.
 const END_LIMIT: Duration = Duration::from_secs(10);
@@ -141,7 +142,9 @@ fn on_end(phase: Arc<Mutex<Phase>>, stop: ShutdownHandle, json: bool) -> anyhow:
         let phase = lock(&phase);
         if matches!(*phase, Phase::Takes) {
             let cancelled = exit::error(Code::Cancelled, "cancelled: the old server goes on");
-            std::process::exit(exit::tell(&cancelled, &Output::new(json, Some("serve"))) as i32);
+            let code = exit::tell(&cancelled, &Output::new(json, Some("serve"))) as i32;
+            standard_error::end();
+            std::process::exit(code);
         }
         drop(phase);
         service::stopping();

@@ -133,6 +133,11 @@ pub fn limosa_into<S: AsRef<str>>(out: impl Into<Stdio>, err: impl Into<Stdio>, 
     status.code().unwrap_or_else(|| -std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or(0))
 }
 
+/// The command with these arguments, in the environment of a test.
+pub fn limosa_command(args: &[&str]) -> Command {
+    prepared(Command::new(env!("CARGO_BIN_EXE_limosa")), args)
+}
+
 /// Starts the command with its standard output in this place. Its standard error is to be read.
 pub fn start_into(out: impl Into<Stdio>, args: &[&str]) -> std::process::Child {
     let mut command = prepared(Command::new(env!("CARGO_BIN_EXE_limosa")), args);

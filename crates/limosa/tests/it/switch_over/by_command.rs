@@ -76,6 +76,27 @@ impl Drop for Stranger {
 }
 
 #[test]
+fn a_full_disk_behind_standard_output_was_told_as_an_old_server_that_serves() {
+    let scene = Scene::new(ONE, &[]);
+    let old = scene.first("synthetic");
+    let (takeover, device, log) =
+        (scene.folder.text("takeover"), scene.folder.text("device"), scene.folder.text("log"));
+    let command = scene.serve("synthetic", &[], &[]);
+    let mut args = vec!["switch-over", &takeover, "--log", &log, "--", env!("CARGO_BIN_EXE_limosa")];
+    args.extend(command.iter().map(String::as_str));
+    let (mut said, err) = std::io::pipe().unwrap();
+    let code = crate::support::limosa_into(crate::support::full(), err, &args);
+    let mut err = String::new();
+    std::io::Read::read_to_string(&mut said, &mut err).unwrap();
+    assert_eq!(code, 8, "{err}");
+    assert!(err.contains("the new server serves, but standard output"), "{err}");
+    let peer = std::os::unix::net::UnixStream::connect(device).unwrap();
+    let pid = rustix::net::sockopt::socket_peercred(&peer).unwrap().pid.as_raw_nonzero().get();
+    let _new = Stranger::of(&serde_json::json!({ "took_over": { "pid": pid } }));
+    old.end().ok();
+}
+
+#[test]
 fn the_command_starts_the_new_server_and_says_how_it_went() {
     for names in [ONE, MANY] {
         let scene = Scene::new(names, &["state=1M"]);
