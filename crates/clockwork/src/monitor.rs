@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
 
@@ -15,6 +16,8 @@ use crate::hook;
 pub struct Monitor<T> {
     value: Mutex<T>,
     changed: Condvar,
+    /// The number of threads that wait. A condition variable would ask the system to wake threads even if there are none.
+    waiting: AtomicUsize,
 }
 
 /// A locked [`Monitor`]. A thread may hold the lock while it blocks, as in a write to a link.
@@ -32,7 +35,7 @@ struct Unlocked(usize);
 impl<T> Monitor<T> {
     /// A monitor that owns `value`.
     pub const fn new(value: T) -> Monitor<T> {
-        Monitor { value: Mutex::new(value), changed: Condvar::new() }
+        Monitor { value: Mutex::new(value), changed: Condvar::new(), waiting: AtomicUsize::new(0) }
     }
 
     /// Locks the monitor; blocks while another thread holds the lock.
@@ -87,21 +90,28 @@ impl<T> Monitor<T> {
             return (self.lock(), timed_out);
         }
         let Guard { value, .. } = guard;
-        let Some(until) = until else {
-            return (self.guard(self.changed.wait(value).unwrap_or_else(PoisonError::into_inner)), false);
+        // Counted with the lock held, so that a thread that changes the value afterwards finds this one counted.
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let (value, timed_out) = match until {
+            None => (self.changed.wait(value).unwrap_or_else(PoisonError::into_inner), false),
+            Some(until) => {
+                let left = until.saturating_duration_since(Instant::now());
+                let waited = self.changed.wait_timeout(value, left);
+                let (value, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+                (value, timeout.timed_out())
+            }
         };
-        let left = until.saturating_duration_since(Instant::now());
-        let waited = self.changed.wait_timeout(value, left);
-        let (value, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
-        (self.guard(value), timeout.timed_out())
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        (self.guard(value), timed_out)
     }
 
-    /// Ends all waits on this monitor.
+    /// Ends all waits on this monitor. What they wait for was changed with the lock held.
     #[track_caller]
     pub fn notify_all(&self) {
         match hook::current() {
             Some(task) => task.notify(self.address()),
-            None => self.changed.notify_all(),
+            None if self.waiting.load(Ordering::Relaxed) > 0 => self.changed.notify_all(),
+            None => {}
         }
     }
 
@@ -176,6 +186,32 @@ mod tests {
             assert_eq!(waiter.join().unwrap(), 7);
         });
         assert_eq!(number.into_inner(), 7);
+    }
+
+    #[test]
+    fn of_many_threads_that_hand_a_turn_round_none_waits_for_ever() {
+        const THREADS: usize = 4;
+        let turn = Monitor::new(0);
+        crate::scope(|scope| {
+            for own in 0..THREADS {
+                let turn = &turn;
+                scope.spawn("thread", move || {
+                    for round in 0..2_000 {
+                        let mut guard = turn.lock();
+                        while *guard != round * THREADS + own {
+                            // Some of these waits end by themselves, just as they are notified.
+                            let until = (own == 0).then(crate::now);
+                            (guard, _) = turn.wait(guard, until);
+                        }
+                        *guard += 1;
+                        drop(guard);
+                        turn.notify_all();
+                    }
+                });
+            }
+        });
+        assert_eq!(turn.waiting.load(Ordering::Relaxed), 0);
+        assert_eq!(turn.into_inner(), 2_000 * THREADS);
     }
 
     #[test]
