@@ -1,6 +1,7 @@
 //! [`FrameWriter`]: the sending half of a link, shared by several threads. A thread that finds the link busy queues a small
 //! frame for the current sender, and waits for its turn with a large one.
 
+mod batch;
 #[cfg(test)]
 mod tests;
 mod turn;
@@ -16,6 +17,7 @@ use limosa_guest_memory::SendPart;
 use limosa_stream::buffer::Gauge;
 use limosa_stream::{Compression, HEADER_BYTES, Header, Kind, MigrationId, Packer, Preface, PrefaceFlags};
 
+use batch::{Batch, Payload, SmallFrame, small};
 use turn::{Waiting, WriteQueue, WriteTurn};
 
 use super::{COMPRESSING, Frame, link_failed};
@@ -47,11 +49,19 @@ struct WriterState {
     last_sent: Instant,
     /// The rest of a frame whose sending ended early. It is sent first, since the peer expects it.
     unfinished: Vec<u8>,
+    /// Frames that were queued before this turn, and are sent in one write with the next frame.
+    queued: Vec<SmallFrame>,
 }
 
 impl<'a> FrameWriter<'a> {
     pub(crate) fn new(link: &'a dyn Link, silence_max: Duration) -> FrameWriter<'a> {
-        let state = WriterState { sequence: 0, sent_bytes: 0, last_sent: now(), unfinished: Vec::new() };
+        let state = WriterState {
+            sequence: 0,
+            sent_bytes: 0,
+            last_sent: now(),
+            unfinished: Vec::new(),
+            queued: Vec::new(),
+        };
         let queue = WriteQueue {
             state: Some(state),
             waiting: VecDeque::new(),
@@ -118,28 +128,57 @@ impl<'a> FrameWriter<'a> {
         let bytes = Preface::new(id, flags).encode();
         let mut turn = self.turn(cancel);
         let Some(state) = &mut turn.state else { return Err(Error::Cancelled) };
-        let sent = state.write(self, [&bytes, &[]], cancel, "sending the preface");
-        // It is not a frame, and has no number.
-        state.sequence = 0;
-        sent
+        state.write_preface(self, &bytes, cancel)
     }
 
     /// Sends a frame, or queues it for the thread that sends now. A later call reports that a queued frame could not be sent.
     pub(crate) fn post(&self, frame: &Frame<'_>, cancel: Option<&Cancel>) -> Result<()> {
-        if frame.payload.len() <= SMALL_BYTES_MAX && self.enqueue(frame)? {
-            return Ok(());
+        self.post_all(&[], frame, &[], cancel)
+    }
+
+    /// The same with small frames before and after it, in one write.
+    pub(crate) fn post_all(
+        &self,
+        before: &[Frame<'_>],
+        frame: &Frame<'_>,
+        after: &[Frame<'_>],
+        cancel: Option<&Cancel>,
+    ) -> Result<()> {
+        if frame.payload.len() <= SMALL_BYTES_MAX {
+            let all = before.iter().chain([frame]).chain(after);
+            if self.enqueue(all)? {
+                return Ok(());
+            }
         }
-        self.send(frame, cancel)
+        self.send_all(before, frame, after, cancel)
     }
 
     /// Sends a frame.
     pub(crate) fn send(&self, frame: &Frame<'_>, cancel: Option<&Cancel>) -> Result<()> {
+        self.send_all(&[], frame, &[], cancel)
+    }
+
+    fn send_all(
+        &self,
+        before: &[Frame<'_>],
+        frame: &Frame<'_>,
+        after: &[Frame<'_>],
+        cancel: Option<&Cancel>,
+    ) -> Result<()> {
         // Checksums and compression come before the turn, for which other threads wait.
+        let [before, after] = [before, after].map(|frames| frames.iter().map(small).collect::<Vec<_>>());
+        let send = |header: Header, payload: &[u8]| {
+            self.send_batch(cancel, 0, |batch| {
+                batch.add(&before);
+                batch.add_large(header, Payload::Bytes(payload));
+                batch.add(&after);
+            })
+        };
         let compression = self.compression.get().filter(|_| frame.kind.may_be_compressed());
         let Some((compression, buffers)) = compression else {
             let is_unchecked = frame.kind.may_be_unchecked() && self.is_unchecked.load(Ordering::Relaxed);
             let header = if is_unchecked { unchecked(frame, frame.payload.len()) } else { header_of(frame) };
-            return self.send_with(header, frame.payload, cancel);
+            return send(header, frame.payload);
         };
         let header = header_of(frame);
         let spare = self.packers.lock().pop();
@@ -149,8 +188,8 @@ impl<'a> FrameWriter<'a> {
                 .map_err(|error| Error::Os { doing: COMPRESSING, error })?,
         };
         let sent = match packer.pack(frame.payload) {
-            Some(packed) => self.send_with(header.packed(packed), packed, cancel),
-            None => self.send_with(header, frame.payload, cancel),
+            Some(packed) => send(header.packed(packed), packed),
+            None => send(header, frame.payload),
         };
         self.packers.lock().push(packer);
         sent
@@ -166,12 +205,7 @@ impl<'a> FrameWriter<'a> {
         cancel: Option<&Cancel>,
     ) -> Result<()> {
         let header = unchecked(frame, parts.iter().map(SendPart::len).sum());
-        let mut turn = self.turn(cancel);
-        if let Some(error) = &self.queue.lock().failed {
-            return Err(error.again());
-        }
-        let Some(state) = &mut turn.state else { return Err(Error::Cancelled) };
-        state.write_memory(self, header, address, parts, cancel)
+        self.send_batch(cancel, address, |batch| batch.add_large(header, Payload::Memory(parts)))
     }
 
     /// Sends a keep-alive, if nothing was sent for `interval` and no thread is sending now. Never waits: a full link has data
@@ -185,10 +219,10 @@ impl<'a> FrameWriter<'a> {
         let mut turn = WriteTurn { writer: self, state: Some(state), cancel: None };
         let sent = turn.state.as_mut().map_or(Ok(()), |state| {
             let sent_bytes = state.sent_bytes.to_le_bytes();
-            let mut header = header_of(&Frame::new(Kind::PROGRESS, &sent_bytes));
-            header.sequence = state.sequence;
+            let mut batch = Batch::new(state.sequence);
+            batch.add(&[small(&Frame::new(Kind::PROGRESS, &sent_bytes))]);
             let at_once = Wait { deadline: now(), cancel: None };
-            match state.write_within(&|| at_once, self, [&header.encode(), &sent_bytes], "sending") {
+            match state.write_batch(&|| at_once, self, &batch, "sending", 0) {
                 Err(Error::TimedOut { .. }) => Ok(()),
                 sent => sent,
             }
@@ -226,10 +260,11 @@ impl<'a> FrameWriter<'a> {
         self.queue.lock().failed.get_or_insert_with(|| error.again());
         let mut turn = self.turn(None);
         let Some(state) = &mut turn.state else { return false };
-        let mut header = header_of(frame);
-        header.sequence = state.sequence;
+        state.queued.clear();
+        let mut batch = Batch::new(state.sequence);
+        batch.add_large(header_of(frame), Payload::Bytes(frame.payload));
         let whole = Wait::within(limit, None);
-        state.write_within(&|| whole, self, [&header.encode(), frame.payload], "calling off").is_ok()
+        state.write_batch(&|| whole, self, &batch, "calling off", 0).is_ok()
     }
 
     /// How many threads and frames send or wait.
@@ -238,29 +273,46 @@ impl<'a> FrameWriter<'a> {
         usize::from(queue.state.is_none()) + queue.waiting.len()
     }
 
-    /// Queues a small frame for the current sender, if there is one and there is room.
-    fn enqueue(&self, frame: &Frame<'_>) -> Result<bool> {
-        let header = header_of(frame);
+    /// Queues small frames for the current sender, if there is one and there is room.
+    fn enqueue<'f>(&self, frames: impl Iterator<Item = &'f Frame<'f>>) -> Result<bool> {
+        let frames: Vec<_> = frames.map(small).collect();
+        let bytes: usize = frames.iter().map(|(_, payload)| HEADER_BYTES + payload.len()).sum();
         let mut queue = self.queue.lock();
         if let Some(error) = &queue.failed {
             return Err(error.again());
         }
-        let bytes = HEADER_BYTES + frame.payload.len();
         if queue.state.is_some() || queue.is_brief || queue.queued_bytes + bytes > QUEUED_BYTES_MAX {
             return Ok(false);
         }
         queue.queued_bytes += bytes;
-        queue.waiting.push_back(Waiting::Frame(header, frame.payload.into()));
+        queue.waiting.extend(frames.into_iter().map(Waiting::Frame));
         Ok(true)
     }
 
-    fn send_with(&self, header: Header, payload: &[u8], cancel: Option<&Cancel>) -> Result<()> {
+    /// Sends frames, and before them those that were queued. `address` names the memory of a frame in an error.
+    fn send_batch<'p>(
+        &self,
+        cancel: Option<&Cancel>,
+        address: u64,
+        fill: impl FnOnce(&mut Batch<'p>),
+    ) -> Result<()> {
         let mut turn = self.turn(cancel);
         if let Some(error) = &self.queue.lock().failed {
             return Err(error.again());
         }
         let Some(state) = &mut turn.state else { return Err(Error::Cancelled) };
-        state.write_frame(self, header, payload, cancel)
+        let mut batch = Batch::new(state.sequence);
+        let queued = std::mem::take(&mut state.queued);
+        batch.add(&queued);
+        fill(&mut batch);
+        let wait = || Wait::within(self.silence_max, cancel);
+        let sent = state.write_batch(&wait, self, &batch, "sending", address);
+        match &sent {
+            Ok(()) => state.sent_bytes += batch.payload_bytes,
+            Err(_) if queued.is_empty() => {}
+            Err(error) => _ = self.queue.lock().failed.get_or_insert_with(|| error.again()),
+        }
+        sent
     }
 }
 
@@ -277,55 +329,14 @@ fn unchecked(frame: &Frame<'_>, bytes: usize) -> Header {
 }
 
 impl WriterState {
-    fn write_memory(
+    fn write_preface(
         &mut self,
         writer: &FrameWriter<'_>,
-        mut header: Header,
-        address: u64,
-        parts: &[SendPart<'_>],
+        bytes: &[u8],
         cancel: Option<&Cancel>,
     ) -> Result<()> {
-        let doing = "sending";
-        let wait = || Wait::within(writer.silence_max, cancel);
-        self.finish(&wait, writer, doing)?;
-        header.sequence = self.sequence;
-        let encoded = header.encode();
-        let mut parts: Vec<_> =
-            std::iter::once(SendPart::Bytes(&encoded)).chain(parts.iter().cloned()).collect();
-        let (mut at, mut is_begun) = (0, false);
-        while at < parts.len() {
-            match writer.link.write_parts(&parts[at..], wait()) {
-                Ok(mut bytes) => {
-                    // A frame has its number from its first byte on.
-                    self.sequence = self.sequence.wrapping_add(u32::from(!is_begun));
-                    is_begun = true;
-                    while at < parts.len() && bytes >= parts[at].len() {
-                        bytes -= parts[at].len();
-                        at += 1;
-                    }
-                    if bytes > 0 {
-                        parts[at] = parts[at].within(bytes, usize::MAX);
-                    }
-                }
-                Err(error) => {
-                    let goes_on =
-                        matches!(error, LinkError::Cancelled | LinkError::TimedOut | LinkError::Memory(_));
-                    if goes_on && is_begun {
-                        for part in &parts[at..] {
-                            // Zeroes for what is not there: the move fails, and the peer is to read why.
-                            let _ = part.append_to(&mut self.unfinished);
-                        }
-                    }
-                    return Err(match error {
-                        LinkError::Memory(error) => Error::Memory { address, error },
-                        error => link_failed(writer.link.peer(), error, doing, writer.silence_max),
-                    });
-                }
-            }
-        }
-        self.last_sent = now();
-        self.sent_bytes += u64::from(header.length);
-        Ok(())
+        self.unfinished.extend_from_slice(bytes);
+        self.finish(&|| Wait::within(writer.silence_max, cancel), writer, "sending the preface")
     }
 
     /// Sends the rest of a frame whose sending ended early.
@@ -344,55 +355,42 @@ impl WriterState {
         Ok(())
     }
 
-    fn write_frame(
-        &mut self,
-        writer: &FrameWriter<'_>,
-        mut header: Header,
-        payload: &[u8],
-        cancel: Option<&Cancel>,
-    ) -> Result<()> {
-        header.sequence = self.sequence;
-        self.write(writer, [&header.encode(), payload], cancel, "sending")?;
-        self.sent_bytes += payload.len() as u64;
+    /// Sends the frames that were queued.
+    fn write_queued(&mut self, writer: &FrameWriter<'_>, cancel: Option<&Cancel>) -> Result<()> {
+        let mut batch = Batch::new(self.sequence);
+        batch.add(&std::mem::take(&mut self.queued));
+        self.write_batch(&|| Wait::within(writer.silence_max, cancel), writer, &batch, "sending", 0)?;
+        self.sent_bytes += batch.payload_bytes;
         Ok(())
     }
 
-    /// Every byte that the link takes renews the limit for a link that takes none.
-    fn write(
-        &mut self,
-        writer: &FrameWriter<'_>,
-        parts: [&[u8]; 2],
-        cancel: Option<&Cancel>,
-        doing: &'static str,
-    ) -> Result<()> {
-        self.write_within(&|| Wait::within(writer.silence_max, cancel), writer, parts, doing)
-    }
-
-    fn write_within<'w>(
+    /// Sends frames. Every byte that the link takes renews the limit for a link that takes none. `address` names the memory of
+    /// a frame in an error.
+    fn write_batch<'w>(
         &mut self,
         wait: &dyn Fn() -> Wait<'w>,
         writer: &FrameWriter<'_>,
-        [first, second]: [&[u8]; 2],
+        batch: &Batch<'_>,
         doing: &'static str,
+        address: u64,
     ) -> Result<()> {
-        let failed = |error| link_failed(writer.link.peer(), error, doing, writer.silence_max);
         self.finish(wait, writer, doing)?;
-        let mut sent = 0;
-        while sent < first.len() + second.len() {
-            let rest = sent.saturating_sub(first.len());
-            let slices = [IoSlice::new(&first[sent.min(first.len())..]), IoSlice::new(&second[rest..])];
-            let slices = if sent < first.len() { &slices[..] } else { &slices[1..] };
-            match writer.link.write(slices, wait()) {
+        let (first, mut sent) = (self.sequence, 0);
+        while sent < batch.len() {
+            match batch.write(writer.link, sent, wait()) {
                 Ok(bytes) => {
-                    // A frame has its number from its first byte on.
-                    self.sequence = self.sequence.wrapping_add(u32::from(sent == 0));
                     sent += bytes;
+                    // A frame has its number from its first byte on.
+                    self.sequence = first.wrapping_add(batch.begun(sent));
                 }
                 Err(error) => {
-                    if matches!(error, LinkError::Cancelled | LinkError::TimedOut) && sent > 0 {
-                        self.unfinished = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
+                    if matches!(error, LinkError::Cancelled | LinkError::TimedOut | LinkError::Memory(_)) {
+                        self.unfinished = batch.rest_of_frame(sent);
                     }
-                    return Err(failed(error));
+                    return Err(match error {
+                        LinkError::Memory(error) => Error::Memory { address, error },
+                        error => link_failed(writer.link.peer(), error, doing, writer.silence_max),
+                    });
                 }
             }
         }

@@ -66,15 +66,15 @@ impl Watched {
         Watched { link, is_authenticated, unchecked: Arc::default() }
     }
 
-    fn look(&self, first: &[u8]) {
-        let header = first.first_chunk::<HEADER_BYTES>().and_then(|bytes| Header::decode(bytes).ok());
+    fn look(&self, part: &[u8]) {
+        let header = <&[u8; HEADER_BYTES]>::try_from(part).ok().and_then(|bytes| Header::decode(bytes).ok());
         self.unchecked.fetch_add(header.is_some_and(|header| header.unchecked).into(), Ordering::SeqCst);
     }
 }
 
 impl Link for Watched {
     fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-        self.look(&slices[0]);
+        slices.iter().for_each(|slice| self.look(slice));
         self.link.write(slices, wait)
     }
     forward_link!(|this| this.link; read, finish, peer);
@@ -91,8 +91,10 @@ impl Link for Watched {
         true
     }
     fn write_parts(&self, parts: &[SendPart<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-        if let SendPart::Bytes(first) = parts[0] {
-            self.look(first);
+        for part in parts {
+            if let SendPart::Bytes(bytes) = part {
+                self.look(bytes);
+            }
         }
         self.link.write_parts(parts, wait)
     }
@@ -226,17 +228,17 @@ fn a_frame_without_a_checksum_on_which_nobody_has_agreed_is_refused() {
     struct Alters(SocketLink);
     impl Link for Alters {
         fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-            let first = slices[0].first_chunk::<HEADER_BYTES>();
-            let header = first.and_then(|bytes| Header::decode(bytes).ok());
-            let Some(header) = header.filter(|header| header.kind == Kind::MEMORY_DATA) else {
-                return self.0.write(slices, wait);
-            };
-            let bytes = header.length as usize;
-            let header =
-                Header::unchecked(header.kind, header.section, header.position, header.sequence, bytes);
-            let encoded = header.encode();
-            let slices: Vec<_> = std::iter::once(IoSlice::new(&encoded))
-                .chain(slices[1..].iter().map(|slice| IoSlice::new(slice)))
+            let altered = slices.iter().map(|slice| {
+                let header = Header::decode(<&[u8; HEADER_BYTES]>::try_from(&**slice).ok()?).ok();
+                let header = header.filter(|header| header.kind == Kind::MEMORY_DATA)?;
+                let (position, bytes) = (header.position, header.length as usize);
+                Some(
+                    Header::unchecked(header.kind, header.section, position, header.sequence, bytes).encode(),
+                )
+            });
+            let altered: Vec<_> = altered.collect();
+            let slices: Vec<_> = std::iter::zip(&altered, slices)
+                .map(|(altered, slice)| IoSlice::new(altered.as_ref().map_or(slice, |header| header)))
                 .collect();
             self.0.write(&slices, wait)
         }

@@ -59,8 +59,11 @@ struct Waits {
 
 impl Link for Waits {
     fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-        let header = slices[0].first_chunk::<HEADER_BYTES>().and_then(|bytes| Header::decode(bytes).ok());
-        if header.is_some_and(|header| header.kind == Kind::DEVICE_DATA) {
+        // Small frames may come before it in the same write.
+        let mut headers = slices
+            .iter()
+            .filter_map(|slice| Header::decode(<&[u8; HEADER_BYTES]>::try_from(&**slice).ok()?).ok());
+        if headers.any(|header| header.kind == Kind::DEVICE_DATA) {
             let mut pieces = self.pieces.lock().unwrap();
             pieces.0 += 1;
             // The first ones are sent by the thread that reads.

@@ -242,8 +242,10 @@ impl Pipe {
 
 impl Link for SimLink {
     fn write(&self, slices: &[IoSlice<'_>], wait: Wait<'_>) -> Result<usize, LinkError> {
-        let header = slices.first().and_then(|slice| slice.first_chunk::<HEADER_BYTES>());
-        if header.and_then(|header| Header::decode(header).ok()).is_some_and(|header| header.unchecked) {
+        let mut headers = slices
+            .iter()
+            .filter_map(|slice| Header::decode(<&[u8; HEADER_BYTES]>::try_from(&**slice).ok()?).ok());
+        if headers.any(|header| header.unchecked) {
             self.world.sent_unchecked.store(true, Ordering::SeqCst);
         }
         let wanted: usize = slices.iter().map(|slice| slice.len()).sum();

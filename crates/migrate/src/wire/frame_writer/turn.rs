@@ -4,8 +4,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use limosa_clockwork::{Monitor, catch};
-use limosa_stream::{HEADER_BYTES, Header};
+use limosa_stream::HEADER_BYTES;
 
+use super::batch::SmallFrame;
 use super::{FrameWriter, WriterState};
 use crate::{Cancel, Error};
 
@@ -25,11 +26,26 @@ pub(super) struct WriteQueue {
 pub(super) enum Waiting {
     /// A thread that waits for its turn.
     Thread(Arc<Monitor<Option<WriterState>>>),
-    /// A small frame: header and payload.
-    Frame(Header, Box<[u8]>),
+    /// A small frame.
+    Frame(SmallFrame),
 }
 
-/// A turn at sending. Its end sends the frames that were queued meanwhile.
+impl WriteQueue {
+    /// Takes away the frames before the first thread that waits.
+    fn take_frames(&mut self) -> Vec<SmallFrame> {
+        let mut frames = Vec::new();
+        while let Some(Waiting::Frame(_)) = self.waiting.front()
+            && let Some(Waiting::Frame(frame)) = self.waiting.pop_front()
+        {
+            self.queued_bytes -= HEADER_BYTES + frame.1.len();
+            frames.push(frame);
+        }
+        frames
+    }
+}
+
+/// A turn at sending. Its end sends the frames that were queued meanwhile, or leaves them to the next thread, which sends them
+/// in one write with its own frame.
 pub(super) struct WriteTurn<'t, 'a> {
     pub(super) writer: &'t FrameWriter<'a>,
     pub(super) state: Option<WriterState>,
@@ -38,34 +54,31 @@ pub(super) struct WriteTurn<'t, 'a> {
 
 impl Drop for WriteTurn<'_, '_> {
     fn drop(&mut self) {
+        let Some(mut state) = self.state.take() else { return };
         let mut failed = None;
         loop {
             let mut queue = self.writer.queue.lock();
             if let Some(error) = failed.take() {
                 queue.failed.get_or_insert(error);
             }
-            match queue.waiting.pop_front() {
-                None => {
-                    queue.state = self.state.take();
-                    return;
-                }
-                Some(Waiting::Thread(next)) => {
-                    drop(queue);
-                    *next.lock() = self.state.take();
-                    return next.notify_all();
-                }
-                Some(Waiting::Frame(header, payload)) => {
-                    queue.queued_bytes -= HEADER_BYTES + payload.len();
-                    let failed_before = queue.failed.is_some();
-                    drop(queue);
-                    if let (Some(state), false) = (&mut self.state, failed_before) {
-                        // A panic must not take the turn with it, for which others wait.
-                        let written = catch(|| state.write_frame(self.writer, header, &payload, self.cancel));
-                        let written = written.map_err(|panic| Error::panicked("sending on a link", &panic));
-                        failed = written.flatten().err();
-                    }
-                }
+            state.queued.extend(queue.take_frames());
+            if queue.failed.is_some() {
+                state.queued.clear();
             }
+            if let Some(Waiting::Thread(next)) = queue.waiting.pop_front() {
+                drop(queue);
+                *next.lock() = Some(state);
+                return next.notify_all();
+            }
+            if state.queued.is_empty() {
+                queue.state = Some(state);
+                return;
+            }
+            drop(queue);
+            // A panic must not take the turn with it, for which others wait.
+            let written = catch(|| state.write_queued(self.writer, self.cancel));
+            let written = written.map_err(|panic| Error::panicked("sending on a link", &panic));
+            failed = written.flatten().err();
         }
     }
 }
