@@ -274,13 +274,13 @@ impl<'a> Source<'a> {
         let recorder = &context.recorder;
         recorder.phase(Phase::PreCopy);
         let pace = self.precopy(context, stage, rollback)?;
+        let quiesces = self.quiesces(rollback)?;
         recorder.phase(Phase::Stop);
-        self.stop(stage, rollback)?;
+        self.stop(stage, &quiesces, rollback)?;
         recorder.phase(Phase::StopCopy);
-        stage.sending.stopped()?;
         self.last_pages(context, stage, rollback, &pace)?;
         stage.ram.send_round(stage.sending)?;
-        stage.sending.wait_all(|_| false)?;
+        stage.sending.wait_all()?;
         recorder.phase(Phase::Load);
         stage.sending.finish(&recorder.totals().encode())?;
         recorder.check()

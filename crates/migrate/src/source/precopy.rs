@@ -68,16 +68,13 @@ impl<'a> Source<'a> {
     ) -> Result<Pace> {
         let sending = stage.sending;
         let pace = self.open_sessions(sending, rollback)?;
-        for (at, flow) in sending.flows.iter().enumerate() {
-            let streaming = {
-                let mut flow = flow.lock();
-                flow.streaming = flow.has_session;
-                flow.streaming
-            };
-            sending.give(at, if streaming { Job::Stream } else { Job::Look });
-        }
+        sending.give_all(|at| {
+            let mut flow = sending.flows[at].lock();
+            flow.streaming = flow.has_session;
+            Some(if flow.streaming { Job::Stream } else { Job::Look })
+        });
         // A streaming device first reports what is left; the other devices do nothing else.
-        sending.wait_all(|flow| flow.looked)?;
+        sending.wait_all_looked()?;
         let mut looking = Looking {
             names: self.devices.iter().map(|moved| moved.device.name().into()).collect(),
             unknown: Vec::new(),
@@ -137,7 +134,7 @@ impl<'a> Source<'a> {
                 sending.give(at, Job::Enter(State::PreCopy));
             }
         }
-        sending.wait_all(|_| false)?;
+        sending.wait_all()?;
         let took = now() - began;
         let opened = sending.flows.iter().position(|flow| flow.lock().has_session);
         let Some(at) = opened else {
@@ -147,7 +144,7 @@ impl<'a> Source<'a> {
         for _ in 0..HAND_OFFS {
             let began = now();
             sending.give(at, Job::NoOp);
-            sending.wait_all(|_| false)?;
+            sending.wait_all()?;
             hand_off = hand_off.min(now() - began);
         }
         let mut pace = Pace::new(sending.flush()?, took, hand_off);
@@ -158,12 +155,8 @@ impl<'a> Source<'a> {
                 break;
             }
             let began = now();
-            for (at, flow) in sending.flows.iter().enumerate() {
-                if flow.lock().has_session {
-                    sending.give(at, Job::Reopen);
-                }
-            }
-            sending.wait_all(|_| false)?;
+            sending.give_all(|at| sending.flows[at].lock().has_session.then_some(Job::Reopen));
+            sending.wait_all()?;
             pace.arc_took((now() - began) / 2);
         }
         Ok(pace)

@@ -13,9 +13,25 @@ use crate::vmm;
 use crate::{Error, Obstacle, Result, WhenStalled};
 
 impl<'a> Source<'a> {
+    /// Whether each device has peer-to-peer DMA to be stopped first. Asked before the stop, of which it would be a part.
+    pub(super) fn quiesces(&self, rollback: &Rollback) -> Result<Vec<bool>> {
+        let devices = self.devices.iter().zip(&rollback.found);
+        let quiesces = devices.map(|(moved, found)| {
+            let flags = moved.device.migration_flags();
+            let flags = flags.map_err(|error| failed(moved.device, "reading its flags", error))?;
+            Ok(flags.contains(MigrationFlags::P2P) && found.is_running())
+        });
+        quiesces.collect()
+    }
+
     /// Stops the vCPUs, then the peer-to-peer DMA of all devices, then the devices, which from then on give the rest of their
     /// data.
-    pub(super) fn stop(&mut self, stage: &Stage<'_, '_, '_>, rollback: &mut Rollback) -> Result<()> {
+    pub(super) fn stop(
+        &mut self,
+        stage: &Stage<'_, '_, '_>,
+        quiesces: &[bool],
+        rollback: &mut Rollback,
+    ) -> Result<()> {
         let sending = stage.sending;
         sending.team.check()?;
         sending.recorder().check()?;
@@ -23,18 +39,14 @@ impl<'a> Source<'a> {
         sending.alive.stands_still(stage.wires.connection.limits().standstill_max);
         sending.end_streams();
         vmm::ask("Vmm::stop", "stop", || self.vmm.stop())?;
-        sending.wait_all(|_| false)?;
-        for (at, (moved, found)) in self.devices.iter().zip(&rollback.found).enumerate() {
-            let flags = moved.device.migration_flags();
-            let flags = flags.map_err(|error| failed(moved.device, "reading its flags", error))?;
-            if flags.contains(MigrationFlags::P2P) && found.is_running() {
-                let has_session = sending.flows[at].lock().has_session;
-                let quiesced = if has_session { State::PreCopyP2p } else { State::RunningP2p };
-                sending.give(at, Job::Enter(quiesced));
-            }
-        }
-        sending.wait_all(|_| false)?;
-        sending.all(Job::Stop, |flow| flow.stopped)?;
+        sending.wait_all()?;
+        sending.give_all(|at| {
+            let has_session = sending.flows[at].lock().has_session;
+            let quiesced = if has_session { State::PreCopyP2p } else { State::RunningP2p };
+            quiesces[at].then_some(Job::Enter(quiesced))
+        });
+        sending.wait_all()?;
+        sending.stop_all()?;
         rollback.devices_stopped = true;
         Ok(())
     }

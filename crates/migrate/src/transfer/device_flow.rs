@@ -57,8 +57,6 @@ pub(crate) struct DeviceFlow {
     pub(crate) has_session: bool,
     /// Whether it is to give data before the stop.
     pub(crate) streaming: bool,
-    /// Whether it is in STOP_COPY.
-    pub(crate) stopped: bool,
     /// Whether it has given everything.
     pub(super) ended: bool,
     /// The loss in the rollback.
@@ -66,8 +64,6 @@ pub(crate) struct DeviceFlow {
     /// Why it did not enter STOP after the move.
     pub(crate) unfinished: Option<Error>,
     pub(super) jobs: VecDeque<Job>,
-    given: u64,
-    pub(super) done: u64,
 }
 
 impl DeviceFlow {
@@ -84,25 +80,11 @@ impl DeviceFlow {
             idle_since: None,
             has_session: false,
             streaming: false,
-            stopped: false,
             ended: false,
             loss: None,
             unfinished: None,
             jobs: VecDeque::new(),
-            given: 0,
-            done: 0,
         }
-    }
-
-    /// Adds a job after the others.
-    pub(crate) fn give(&mut self, job: Job) {
-        self.jobs.push_back(job);
-        self.given += 1;
-    }
-
-    /// Whether all jobs are done.
-    pub(crate) fn is_idle(&self) -> bool {
-        self.done == self.given
     }
 
     /// How many bytes it has still to give, as far as that is known, and has given that are not known to be loaded.

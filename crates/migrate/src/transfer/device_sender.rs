@@ -33,6 +33,11 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// A device that has nothing for now is read again after a pause, which doubles as long as it has nothing.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
+/// In the stop, pieces that a device gives within this time are sent together, up to this many bytes.
+const JOINED_TIME_MAX: Duration = Duration::from_millis(1);
+const JOINED_BYTES_MAX: usize = 64 << 10;
+/// The room in bytes for data of a device behind a piece that seemed to be its last.
+const BEHIND_BYTES: usize = 4 << 10;
 
 /// A device's own log of dirty pages, to be harvested when the device is stopped.
 pub(crate) struct StopHarvest {
@@ -56,7 +61,12 @@ pub(crate) struct DeviceSender<'w, 'a> {
     bytes: u64,
     limit: StateLimit,
     crc: RunningCrc,
+    /// Room for a piece of data, and for what comes behind one that seemed to be the last.
     buffer: Buffer,
+    /// The most bytes of a piece.
+    room: usize,
+    /// Where the data ends in the stop, as the device said last.
+    end: Option<u64>,
     /// How many reads in a row have filled the buffer.
     full_reads: u32,
 }
@@ -72,7 +82,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         let room = sending.window_bytes().map_or(READ_BYTES_MAX, read_bytes);
         let mut buffer = Buffer::new(sending.recorder().buffers());
         // Touched now, since the first access to memory takes time that would add to the downtime.
-        buffer.grow(room);
+        buffer.grow(room + BEHIND_BYTES.min(room));
         DeviceSender {
             driven: DrivenDevice::new(moved.device, found),
             stop_bytes: moved.stop_bytes,
@@ -87,6 +97,8 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             limit: StateLimit::new(sending.options()),
             crc: RunningCrc::new(),
             buffer,
+            room,
+            end: None,
             full_reads: 0,
         }
     }
@@ -115,8 +127,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
                 }
             }
         }
-        flow.lock().done += 1;
-        flow.notify_all();
+        self.sending.jobs.is_done();
     }
 
     fn perform(&mut self, job: Job) -> Result<()> {
@@ -138,10 +149,9 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
                     pages.harvest_device(self.driven.device(), *log)?;
                 }
                 self.limit.stopped();
-                self.sending.flows[self.at].lock().stopped = true;
                 // After the jobs of devices that are not stopped yet.
                 self.sending.give(self.at, Job::Drain);
-                Ok(())
+                self.sending.device_stopped()
             }
             Job::Drain => self.drain(),
             Job::Finish => self.enter(State::Stop),
@@ -155,8 +165,8 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             self.driven.enter(state)?
         };
         if let Some(stream) = stream {
-            let bytes = stream.transfer_bytes_max().clamp(1, self.buffer.len());
-            self.buffer.truncate(bytes);
+            self.room = stream.transfer_bytes_max().clamp(1, self.room);
+            self.buffer.truncate(self.room + BEHIND_BYTES.min(self.room));
             self.stream = Some(stream);
             self.sending.flows[self.at].lock().has_session = true;
         }
@@ -173,8 +183,10 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
             self.sending.team.check()?;
             let (began, before) = (now(), self.bytes);
             // Before STOP_COPY some devices report the end when they have nothing for now.
-            let has_data = matches!(self.chunk()?, Chunk::Data(_));
-            if has_data {
+            let chunk = self.read(0)?;
+            let has_data = matches!(chunk, Chunk::Data(_));
+            if let Chunk::Data(bytes) = chunk {
+                self.send(bytes, false)?;
                 self.sending.recorder().device_span(self.at, Act::PrecopyData, began, self.bytes - before);
                 pause = PAUSE_MIN;
             }
@@ -208,22 +220,39 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
     /// Gives all remaining data, in STOP_COPY.
     fn drain(&mut self) -> Result<()> {
         let (began, before) = (now(), self.bytes);
+        // Small pieces wait for the next ones, and what seems to be the last for the device's next answer, since the end of the data
+        // can go in the same write. Not those of a slow device: the destination could wait for too long.
+        let (mut held, mut since) = (0, began);
         loop {
             self.sending.team.check()?;
-            match self.chunk()? {
-                Chunk::Data(_) => {}
+            match self.read(held)? {
+                Chunk::Data(bytes) => held += bytes,
                 Chunk::NothingForNow => return Err(self.misbehaved(Misbehaviour::NothingInStopCopy)),
                 Chunk::End => break,
             }
+            if held > self.room {
+                // A frame has no more than half of a window: the destination may give credit only for more.
+                let behind = self.buffer[self.room..held].to_vec();
+                self.send(self.room, false)?;
+                held = behind.len();
+                self.buffer[..held].copy_from_slice(&behind);
+            }
+            let seems_last = self.end == Some(self.bytes + held as u64);
+            let is_joined = held < JOINED_BYTES_MAX.min(self.room) && now() - since < JOINED_TIME_MAX;
+            if !seems_last && !is_joined {
+                self.send(std::mem::take(&mut held), false)?;
+                since = now();
+            }
+        }
+        if held > 0 && !self.sending.are_stopped() {
+            self.send(std::mem::take(&mut held), false)?;
         }
         self.settle()?;
         // A device that was reset meanwhile has no more data either.
         self.driven.check()?;
-        self.begin()?;
         self.sending.flows[self.at].lock().ended = true;
         self.sending.until_stopped()?;
-        let end = encode_device_end(self.bytes, self.crc.value());
-        self.sending.post(0, &Frame::of(self.at as u32, Kind::DEVICE_END, &end))?;
+        self.send(held, true)?;
         self.sending.recorder().device_span(self.at, Act::FinalData, began, self.bytes - before);
         Ok(())
     }
@@ -248,6 +277,7 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         let left = info.map(|info| info.initial_bytes.saturating_add(info.dirty_bytes));
         let stop_bytes = size.or(self.stop_bytes).map(|size| size.max(left.unwrap_or(0)));
         self.limit.said(stop_bytes.or(left).unwrap_or(0));
+        self.end = stop_bytes.map(|bytes| self.bytes.saturating_add(bytes));
         let mut flow = self.sending.flows[self.at].lock();
         let is_new = (flow.left, flow.stop_bytes) != (left, stop_bytes);
         let initial = info.map_or(0, |info| info.initial_bytes);
@@ -259,47 +289,66 @@ impl<'w, 'a> DeviceSender<'w, 'a> {
         drop(flow);
         self.sending.flows[self.at].notify_all();
         if let Some(info) = info.filter(|_| is_new) {
-            self.begin()?;
-            self.sending.post(0, &Frame::of(self.at as u32, Kind::DEVICE_HINT, &encode_hint(&info)))?;
+            let hint = encode_hint(&info);
+            let frames = [self.frame(Kind::DEVICE_BEGIN, &[]), self.frame(Kind::DEVICE_HINT, &hint)];
+            let begun = usize::from(std::mem::replace(&mut self.begun, true));
+            self.sending.post_all(&frames[begun..])?;
         }
         self.sending.device_has_news();
         Ok(())
     }
 
-    fn chunk(&mut self) -> Result<Chunk> {
+    /// Reads a piece of data into the buffer, behind the first `held` bytes.
+    fn read(&mut self, held: usize) -> Result<Chunk> {
         let Some(stream) = &mut self.stream else { return Ok(Chunk::End) };
-        let chunk = stream.read(&mut self.buffer);
+        let end = if held < self.room { self.room } else { self.buffer.len() };
+        let into = &mut self.buffer[held..end];
+        let room = into.len();
+        let chunk = stream.read(into);
         let chunk = chunk.map_err(|error| self.driven.why("reading its data", error))?;
         if let Chunk::Data(bytes) = chunk {
-            let room = self.buffer.len();
             if bytes == 0 || bytes > room {
                 return Err(self.misbehaved(Misbehaviour::WrongLength { room, bytes }));
             }
             let given = self.limit.give(bytes as u64);
             given.map_err(|limit| self.misbehaved(Misbehaviour::Endless(limit)))?;
-            self.begin()?;
-            self.full_reads = if bytes == room { self.full_reads.saturating_add(1) } else { 0 };
-            let ahead = &self.sending.ahead[self.at];
-            let position = self.bytes;
-            if ReadAhead::pays(self.full_reads) {
-                self.crc.add(&self.buffer[..bytes]);
-                ahead.give(self.sending, position, bytes, &mut self.buffer)?;
-            } else {
-                ahead.settle(&self.sending.team)?;
-                self.sending.send_device(self.at, position, &self.buffer[..bytes])?;
-                self.crc.add(&self.buffer[..bytes]);
-            }
-            self.bytes += bytes as u64;
-            self.sending.recorder().device_data(self.at, bytes as u64);
         }
         Ok(chunk)
     }
 
-    fn begin(&mut self) -> Result<()> {
-        if !std::mem::replace(&mut self.begun, true) {
-            self.sending.post(0, &Frame::of(self.at as u32, Kind::DEVICE_BEGIN, &[]))?;
+    /// Sends the first bytes of the buffer, and the end of the data if they are the last. DEVICE_BEGIN comes before the first.
+    fn send(&mut self, bytes: usize, is_last: bool) -> Result<()> {
+        let position = self.bytes;
+        self.bytes += bytes as u64;
+        self.full_reads = if bytes >= self.room { self.full_reads.saturating_add(1) } else { 0 };
+        let ahead = &self.sending.ahead[self.at];
+        if ReadAhead::pays(self.full_reads) && !is_last {
+            self.crc.add(&self.buffer[..bytes]);
+            ahead.give(self.sending, position, bytes, &mut self.buffer)?;
+        } else {
+            ahead.settle(&self.sending.team)?;
+            let begin = [self.frame(Kind::DEVICE_BEGIN, &[])];
+            let begun = usize::from(std::mem::replace(&mut self.begun, true));
+            if is_last {
+                self.crc.add(&self.buffer[..bytes]);
+            }
+            let end = encode_device_end(self.bytes, self.crc.value());
+            let end = [self.frame(Kind::DEVICE_END, &end)];
+            let (begin, end) = (&begin[begun..], &end[usize::from(!is_last)..]);
+            match bytes {
+                0 => self.sending.post_all(&[begin, end].concat())?,
+                _ => self.sending.send_device(self.at, position, &self.buffer[..bytes], begin, end)?,
+            }
+            if !is_last {
+                self.crc.add(&self.buffer[..bytes]);
+            }
         }
+        self.sending.recorder().device_data(self.at, bytes as u64);
         Ok(())
+    }
+
+    fn frame<'p>(&self, kind: Kind, payload: &'p [u8]) -> Frame<'p> {
+        Frame::of(self.at as u32, kind, payload)
     }
 
     /// Returns the device to the state in which it was found. The result says what could not be done.

@@ -44,8 +44,13 @@ impl DeviceWorkers {
 
     /// Posts a job of a device: one thread calls `act` with the device, once for each post.
     pub(crate) fn post(&self, device: usize) {
+        self.post_all(std::iter::once(device));
+    }
+
+    /// Posts a job of each of these devices. One thread is woken for all of them, and wakes others while there are jobs.
+    pub(crate) fn post_all(&self, devices: impl Iterator<Item = usize>) {
         let mut state = self.state.lock();
-        state.ready.push_back(device);
+        state.ready.extend(devices);
         let next = state.next(self.sending_max);
         drop(state);
         self.wake(next);

@@ -4,6 +4,7 @@ pub(crate) mod device_flow;
 pub(crate) mod device_sender;
 pub(crate) mod device_workers;
 pub(crate) mod driven;
+pub(crate) mod jobs;
 pub(crate) mod keep_alive;
 pub(crate) mod ram;
 pub(crate) mod read_ahead;

@@ -83,7 +83,7 @@ impl ReadAhead {
             let Some(piece) = handover.piece.take() else { continue };
             handover.is_sending = true;
             drop(handover);
-            sending.send_device(device, piece.position, &piece.buffer[..piece.bytes])?;
+            sending.send_device(device, piece.position, &piece.buffer[..piece.bytes], &[], &[])?;
             let mut handover = self.handover.lock();
             (handover.is_sending, handover.spare) = (false, Some(piece.buffer));
             drop(handover);

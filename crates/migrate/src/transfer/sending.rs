@@ -8,6 +8,7 @@ use limosa_stream::{Damage, Header, Kind, Proofs};
 
 use super::device_flow::{DeviceFlow, Job};
 use super::device_workers::DeviceWorkers;
+use super::jobs::JobCount;
 use super::keep_alive::KeepAlive;
 use super::read_ahead::ReadAhead;
 use super::team::{Shared, Team};
@@ -55,6 +56,7 @@ pub(crate) struct Sending<'w, 'a> {
     share: Shared<LinkShare>,
     flushes: Shared<Flushes>,
     state: Shared<State>,
+    pub(super) jobs: JobCount,
     /// How many times a device had news.
     news: Shared<u64>,
 }
@@ -101,6 +103,7 @@ impl<'w, 'a> Sending<'w, 'a> {
             share: team.share(LinkShare::default()),
             flushes: team.share(Flushes::default()),
             state: team.share(State::default()),
+            jobs: JobCount::new(&team, devices),
             news: team.share(0),
             team,
         })
@@ -131,33 +134,49 @@ impl<'w, 'a> Sending<'w, 'a> {
 
     /// Gives a device a job, after those that it has.
     pub(crate) fn give(&self, at: usize, job: Job) {
-        self.flows[at].lock().give(job);
-        self.workers.post(at);
+        self.give_all(|device| (device == at).then_some(job));
     }
 
-    /// Gives all devices a job, and waits until each of them has done it or meets the condition.
-    pub(crate) fn all(&self, job: Job, enough: impl Fn(&DeviceFlow) -> bool) -> Result<()> {
-        (0..self.flows.len()).for_each(|at| self.give(at, job));
-        self.wait_all(enough)
+    /// Gives each device this job, after those that it has.
+    pub(crate) fn give_all(&self, job: impl Fn(usize) -> Option<Job>) {
+        let jobs: Vec<_> = (0..self.flows.len()).filter_map(|at| Some((at, job(at)?))).collect();
+        self.jobs.add(jobs.len());
+        jobs.iter().for_each(|(at, job)| self.flows[*at].lock().jobs.push_back(*job));
+        self.workers.post_all(jobs.iter().map(|(at, _)| *at));
     }
 
-    /// Waits until each device has done its jobs or meets the condition.
-    pub(crate) fn wait_all(&self, enough: impl Fn(&DeviceFlow) -> bool) -> Result<()> {
-        self.flows.iter().try_for_each(|flow| {
-            self.team.wait(flow, flow.lock(), None, |flow| flow.is_idle() || enough(flow)).map(drop)
-        })
+    /// Waits until all devices have done their jobs.
+    pub(crate) fn wait_all(&self) -> Result<()> {
+        self.jobs.wait(&self.team)
+    }
+
+    /// Gives all devices [`Job::Stop`], and waits until all of them are in STOP_COPY and STOPPED is sent. They go on with
+    /// [`Job::Drain`].
+    pub(crate) fn stop_all(&self) -> Result<()> {
+        if self.flows.is_empty() {
+            return self.all_stopped();
+        }
+        self.give_all(|_| Some(Job::Stop));
+        self.until_stopped()
+    }
+
+    /// A device is in STOP_COPY. The last one waits for no other thread to send its end.
+    pub(super) fn device_stopped(&self) -> Result<()> {
+        if self.jobs.device_stopped() { self.all_stopped() } else { Ok(()) }
+    }
+
+    /// Waits until all devices have been asked how much they have to give.
+    pub(crate) fn wait_all_looked(&self) -> Result<()> {
+        let looked =
+            |flow: &Shared<DeviceFlow>| self.team.wait(flow, flow.lock(), None, |flow| flow.looked).map(drop);
+        self.flows.iter().try_for_each(looked)
     }
 
     /// Gives all devices a job of the rollback or of the end, and waits until they have done it: also after a failure or a
     /// cancel, and for as long as the devices' own calls take.
     pub(crate) fn all_to_the_end(&self, job: Job) {
-        (0..self.flows.len()).for_each(|at| self.give(at, job));
-        for flow in &self.flows {
-            let mut guard = flow.lock();
-            while !guard.is_idle() {
-                (guard, _) = flow.wait(guard, None);
-            }
-        }
+        self.give_all(|_| Some(job));
+        self.jobs.wait_to_the_end();
     }
 
     /// Sends a frame over a link, or queues it there if it is small and the link is busy.
@@ -212,8 +231,24 @@ impl<'w, 'a> Sending<'w, 'a> {
         }
     }
 
-    /// Sends a device's data over the least busy link, once the destination has room for it.
-    pub(crate) fn send_device(&self, device: usize, position: u64, data: &[u8]) -> Result<()> {
+    /// Sends frames of a device over the first link, in one write, or queues them there if the link is busy.
+    pub(crate) fn post_all(&self, frames: &[Frame<'_>]) -> Result<()> {
+        match frames {
+            [] => Ok(()),
+            [first, others @ ..] => self.writers[0].post_all(&[], first, others, Some(self.team.ended())),
+        }
+    }
+
+    /// Sends a device's data over the least busy link, once the destination has room for it. The frames before and after it are
+    /// sent over the first link: in the same write, if the data is sent there as well.
+    pub(crate) fn send_device(
+        &self,
+        device: usize,
+        position: u64,
+        data: &[u8],
+        mut before: &[Frame<'_>],
+        after: &[Frame<'_>],
+    ) -> Result<()> {
         let end = position + data.len() as u64;
         let flow = &self.flows[device];
         // In the stop all data has to be sent, in any order.
@@ -224,6 +259,7 @@ impl<'w, 'a> Sending<'w, 'a> {
         while !guard.window.has_room(end) {
             if guard.window.ask() {
                 drop(guard);
+                self.post_all(std::mem::take(&mut before))?;
                 self.post(0, &Frame::of(device as u32, Kind::WINDOW_FULL, &[]))?;
                 guard = flow.lock();
                 continue;
@@ -248,7 +284,16 @@ impl<'w, 'a> Sending<'w, 'a> {
         let among = if data.len() < SMALL_BYTES { 1 } else { links };
         let link = (0..among).map(|at| (at + device) % links).min_by_key(|at| self.writers[*at].busy());
         let frame = Frame::of(device as u32, Kind::DEVICE_DATA, data).at(position);
-        self.workers.send(|| self.post(link.unwrap_or(0), &frame))
+        match link.unwrap_or(0) {
+            0 => {
+                self.workers.send(|| self.writers[0].post_all(before, &frame, after, Some(self.team.ended())))
+            }
+            link => {
+                self.post_all(before)?;
+                self.workers.send(|| self.post(link, &frame))?;
+                self.post_all(after)
+            }
+        }
     }
 
     /// Asks on every link whether everything that was sent over it is handled, and waits for the answers. Returns how long
@@ -324,11 +369,16 @@ impl<'w, 'a> Sending<'w, 'a> {
     }
 
     /// All devices are stopped. From now on a device that has given everything may send DEVICE_END.
-    pub(crate) fn stopped(&self) -> Result<()> {
+    fn all_stopped(&self) -> Result<()> {
         self.post(0, &Frame::new(Kind::STOPPED, &[]))?;
         self.state.lock().stopped = true;
         self.state.notify_all();
         Ok(())
+    }
+
+    /// Whether all devices are stopped.
+    pub(crate) fn are_stopped(&self) -> bool {
+        self.state.lock().stopped
     }
 
     /// Waits until all devices are stopped.

@@ -152,9 +152,10 @@ fn an_abort_does_not_read_all_memory_for_a_log_that_has_no_other_readers() {
         assert!(!ends.check(outcome, received, "abort"));
         assert_eq!(log.given_back.lock().unwrap().is_empty(), is_alone);
         assert!(!log.on.load(Ordering::SeqCst), "stopped");
-        // After each round, at the stop, and in the undo where that is of use.
+        // After each round, at the stop unless the destination has failed by then, and in the undo where that is of use.
         let beside_rounds = log.harvests.load(Ordering::SeqCst) - rounds;
-        assert_eq!(beside_rounds, if is_alone { 1 } else { 2 }, "{rounds} rounds");
+        let in_undo = u32::from(!is_alone);
+        assert!((in_undo..=in_undo + 1).contains(&beside_rounds), "{beside_rounds} beside {rounds} rounds");
     }
 }
 

@@ -6,6 +6,7 @@ mod compression;
 mod converging;
 mod endless;
 mod faults;
+mod few_writes;
 mod format;
 mod hostile_destination;
 mod in_place;
