@@ -52,7 +52,8 @@
 //! and buffers for device data that has arrived and is not loaded yet: 32 MiB for all devices together
 //! ([`Options::windows_bytes`]), in buffers that are up to a quarter larger, and up to 8 MiB of empty ones. With four links
 //! that is less than 64 MiB, whatever the size of the guest. Where many devices have more data than that, or the latency is high and
-//! devices are fast, windows are larger ([`Options::windows_bytes_max`]). [`Report::buffer_bytes_max`] is the maximum that a move used.
+//! devices are fast, windows are larger ([`Options::windows_bytes_max`]), and there are up to 32 MiB of empty buffers.
+//! [`Report::buffer_bytes_max`] is the maximum that a move used.
 #![forbid(unsafe_code)]
 
 mod acceptor;

@@ -50,7 +50,7 @@ impl Receiving<'_, '_> {
             drop(queue);
             let done = guard(name, || self.obey(at, &mut loader, command));
             self.queues[at].lock().done = Some(done);
-            self.queues[at].notify_all();
+            self.command_is_done();
         }
     }
 

@@ -362,8 +362,12 @@ impl Receiving<'_, '_> {
 
     /// A device has loaded everything and is in STOP.
     pub(super) fn is_loaded(&self) -> Result<()> {
-        self.state.lock().loaded += 1;
-        self.state.notify_all();
+        let mut state = self.state.lock();
+        state.loaded += 1;
+        if state.loaded == self.queues.len() {
+            drop(state);
+            self.state.notify_all();
+        }
         Ok(())
     }
 

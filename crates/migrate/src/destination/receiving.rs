@@ -26,8 +26,9 @@ use crate::transfer::team::{Shared, Team};
 use crate::wire::{Connection, FrameWriter, within};
 use crate::{Cancel, Error, Options, Result};
 
-/// Empty buffers of up to this many bytes are kept for reuse.
-const SPARE_BYTES: u64 = 8 << 20;
+/// Empty buffers of up to a quarter of the windows are kept for reuse, within these numbers of bytes.
+const SPARE_BYTES_MIN: u64 = 8 << 20;
+const SPARE_BYTES_MAX: u64 = 32 << 20;
 
 /// The work between the offer and the end, and the state of its threads.
 pub(super) struct Receiving<'w, 'a> {
@@ -63,6 +64,8 @@ pub(super) struct Receiving<'w, 'a> {
     pub(super) keeps_links_alive: bool,
     pub(super) spares: Monitor<Spares>,
     pub(super) state: Shared<Progress>,
+    /// How many commands are not done.
+    commands: Monitor<usize>,
     /// Ends the wait for further links.
     pub(super) joined: Cancel,
     /// The further links. They stay open to the end, so that the source hears the reason, and not that a link is closed.
@@ -92,10 +95,11 @@ impl<'w, 'a> Receiving<'w, 'a> {
         let joined = team.ended().child().map_err(|error| Error::Os { doing: "making an event", error })?;
         let window = window(&offer.devices, context.options);
         let windows = window * devices.len() as u64;
-        let mut spares = Spares::new(SPARE_BYTES.min(windows) as usize);
+        let spare = (windows / 4).clamp(SPARE_BYTES_MIN, SPARE_BYTES_MAX).min(windows);
+        let mut spares = Spares::new(spare as usize);
         // Touched now, and not in the downtime. As long as what a source reads at once: a payload does not keep a buffer that is much
         // larger.
-        spares.fill(SPARE_BYTES.min(windows / 4) as usize, read_bytes(window), context.recorder.buffers());
+        spares.fill(spare.min(windows / 4) as usize, read_bytes(window), context.recorder.buffers());
         // Regions are matched by id: this side may have them in another order than the offer.
         let region = |id| memory.iter().find(|region| region.id == id);
         let queue = |at: usize| {
@@ -126,6 +130,7 @@ impl<'w, 'a> Receiving<'w, 'a> {
             keeps_links_alive: offer.keeps_links_alive,
             spares: Monitor::new(spares),
             state: team.share(Progress { links: 1, ..Progress::default() }),
+            commands: Monitor::default(),
             joined,
             further: Monitor::default(),
             team,
@@ -209,24 +214,35 @@ impl<'w, 'a> Receiving<'w, 'a> {
 
     /// Gives devices commands, all at once, and waits for all of them, for as long as the devices' own calls take.
     pub(super) fn command(&self, wanted: impl Fn(usize) -> Option<Command>) -> Vec<Result<()>> {
-        for (at, queue) in self.queues.iter().enumerate() {
-            let mut queue = queue.lock();
-            (queue.command, queue.done) = (wanted(at), None);
-            match queue.command {
-                None => queue.done = Some(Ok(())),
-                Some(_) => self.see_to(at, queue),
-            }
+        let commands: Vec<_> = (0..self.queues.len()).map(wanted).collect();
+        *self.commands.lock() += commands.iter().flatten().count();
+        let mut idle = Vec::with_capacity(commands.len());
+        for (at, command) in commands.into_iter().enumerate() {
+            let mut queue = self.queues[at].lock();
+            queue.done = if command.is_none() { Some(Ok(())) } else { None };
+            let was_busy = queue.is_busy;
+            queue.is_busy |= command.is_some();
+            queue.command = command;
+            idle.extend((queue.is_busy && !was_busy).then_some(at));
         }
-        let done = self.queues.iter().map(|queue| {
-            let mut guard = queue.lock();
-            loop {
-                if let Some(done) = guard.done.take() {
-                    return done;
-                }
-                (guard, _) = queue.wait(guard, None);
-            }
-        });
-        done.collect()
+        self.workers.post_all(idle.into_iter());
+        let mut left = self.commands.lock();
+        while *left > 0 {
+            (left, _) = self.commands.wait(left, None);
+        }
+        drop(left);
+        // Without a result only if its command was replaced by another, which does not happen.
+        self.queues.iter().map(|queue| queue.lock().done.take().unwrap_or(Err(Error::Cancelled))).collect()
+    }
+
+    /// A device has done a command. Only the last one wakes the thread that waits for all.
+    pub(super) fn command_is_done(&self) {
+        let mut left = self.commands.lock();
+        *left -= 1;
+        if *left == 0 {
+            drop(left);
+            self.commands.notify_all();
+        }
     }
 
     /// The source was told to use this many links.

@@ -5,9 +5,12 @@ use limosa_stream::DATA_BYTES_MAX;
 
 use crate::plan::Plan;
 
-/// The most that one reads from a device at once, and the most spare buffers; both less where windows are small.
+/// The most that one reads from a device at once, and behind what seems to be its last data; both less where windows are small.
 const READ_BYTES_MAX: u64 = 512 << 10;
-const SPARE_BYTES_MAX: u64 = 8 << 20;
+const BEHIND_BYTES: u64 = 4 << 10;
+/// The most spare buffers for windows of up to four times as much.
+const SPARE_BYTES: u64 = 8 << 20;
+const SPARE_BYTES_MAX: u64 = 32 << 20;
 
 pub fn of_source(outcome: &Outcome) -> &Report {
     match outcome {
@@ -58,10 +61,13 @@ pub fn check(plan: &Plan, report: &Report) -> Result<Windows, String> {
     let packed = (links + devices) * (frame + frame / 64);
     let is_compressed = plan.compression().is_some();
     let limit = match report.side {
-        Side::Source => links * frame + devices * read + if is_compressed { packed } else { 0 },
+        Side::Source => {
+            let behind = BEHIND_BYTES.min(read);
+            links * frame + devices * (read + behind) + if is_compressed { packed } else { 0 }
+        }
         Side::Destination => {
             let windows = if plan.saves.is_some() { devices * window } else { plan.windows_bytes_max() };
-            let spare = SPARE_BYTES_MAX.min(windows);
+            let spare = (windows / 4).clamp(SPARE_BYTES, SPARE_BYTES_MAX).min(windows);
             links * (frame + read) + if is_compressed { links * frame } else { 0 } + windows * 5 / 4 + spare
         }
     };
