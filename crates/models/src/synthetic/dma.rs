@@ -268,9 +268,10 @@ impl Shared {
     /// After a change: wakes the thread when there is work, else waits until it has ended.
     fn settle(&self, mut engine: MutexGuard<'_, Engine>) {
         engine.pace = Pace::new();
-        self.work.notify_all();
-        if !(engine.running && engine.registers.enabled) {
-            drop(self.until_idle(engine));
+        // A thread that would find no work is not woken: many devices that stop at once would have as many to run.
+        match engine.running && engine.registers.enabled {
+            true => self.work.notify_all(),
+            false => drop(self.until_idle(engine)),
         }
     }
 
