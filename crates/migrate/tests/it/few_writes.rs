@@ -72,7 +72,7 @@ fn source(bytes: usize, says: usize) -> Hooked {
 fn noted(here: &[Hooked]) -> Notes {
     let count = here.len();
     let there: Vec<_> = (0..count).map(|_| Hooked::new("there", MigrationFlags::SETS[0], &[])).collect();
-    let [ours, theirs] = [&here[..], &there[..]]
+    let [ours, theirs] = [here, &there[..]]
         .map(|devices| devices.iter().map(|device| MovedDevice::new(device)).collect::<Vec<_>>());
     let (options, ledger) = (options(), Ledger::new());
     let (near, far) = SocketLink::pair().unwrap();
