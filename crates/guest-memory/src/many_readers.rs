@@ -51,8 +51,9 @@ struct Gate {
     has_membarrier: bool,
     /// Held by the writer.
     writer: Mutex<()>,
-    /// For sleepers: readers until the lock is open, the writer until readers leave.
-    sleepers: Mutex<()>,
+    /// The number of sleepers: readers until the lock is open, the writer until readers leave. Each counts itself before it lets go of
+    /// the lock, so that a wake-up is needed only where the count is not 0.
+    sleepers: Mutex<usize>,
     changed: Condvar,
 }
 
@@ -124,7 +125,7 @@ impl<T> ManyReaders<T> {
         self.gate.heavy_fence();
         let mut sleepers = self.gate.sleepers();
         while self.counters.iter().any(|counter| counter.readers.load(Acquire) != 0) {
-            sleepers = self.gate.changed.wait(sleepers).unwrap_or_else(PoisonError::into_inner);
+            sleepers = self.gate.sleep(sleepers);
         }
         drop(sleepers);
         WriteGuard { lock: self, _writer: writer }
@@ -143,8 +144,10 @@ impl<T> ManyReaders<T> {
                 self.gate.changed.notify_all();
                 return None;
             }
+            *sleepers += 1;
             let waited = self.gate.changed.wait_timeout(sleepers, left);
             sleepers = waited.unwrap_or_else(PoisonError::into_inner).0;
+            *sleepers -= 1;
         }
         drop(sleepers);
         Some(WriteGuard { lock: self, _writer: writer })
@@ -155,20 +158,29 @@ impl<T> ManyReaders<T> {
         // The counter was raised for a moment, which the writer may have seen.
         self.gate.changed.notify_all();
         while self.gate.is_closed.load(Acquire) {
-            sleepers = self.gate.changed.wait(sleepers).unwrap_or_else(PoisonError::into_inner);
+            sleepers = self.gate.sleep(sleepers);
         }
     }
 }
 
 impl Gate {
-    fn sleepers(&self) -> MutexGuard<'_, ()> {
+    fn sleepers(&self) -> MutexGuard<'_, usize> {
         self.sleepers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sleep<'s>(&self, mut sleepers: MutexGuard<'s, usize>) -> MutexGuard<'s, usize> {
+        *sleepers += 1;
+        let mut sleepers = self.changed.wait(sleepers).unwrap_or_else(PoisonError::into_inner);
+        *sleepers -= 1;
+        sleepers
     }
 
     #[cold]
     fn wake(&self) {
-        drop(self.sleepers());
-        self.changed.notify_all();
+        let sleepers = *self.sleepers();
+        if sleepers > 0 {
+            self.changed.notify_all();
+        }
     }
 
     #[inline]

@@ -10,9 +10,16 @@ use limosa_protocol::Errno;
 #[derive(Default)]
 pub(super) struct Gate {
     passing: ManyReaders<()>,
-    /// An exclusive holder has the gate, or waits for the others to leave.
-    is_taken: Mutex<bool>,
+    holder: Mutex<Holder>,
     free: Condvar,
+}
+
+#[derive(Default)]
+struct Holder {
+    /// An exclusive holder has the gate, or waits for the others to leave.
+    is_there: bool,
+    /// The number of those that wait until there is none.
+    waiting: usize,
 }
 
 /// Exclusive access: no other call is in progress.
@@ -29,16 +36,18 @@ impl Gate {
 
     /// For a call that needs exclusive access: ETIMEDOUT if the others have not returned by `until`.
     pub(super) fn alone(&self, until: Instant) -> Result<Alone<'_>, Errno> {
-        let mut taken = self.is_taken.lock().unwrap_or_else(PoisonError::into_inner);
-        while *taken {
+        let mut holder = self.holder.lock().unwrap_or_else(PoisonError::into_inner);
+        while holder.is_there {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(Errno::ETIMEDOUT);
             }
-            taken = self.free.wait_timeout(taken, left).unwrap_or_else(PoisonError::into_inner).0;
+            holder.waiting += 1;
+            holder = self.free.wait_timeout(holder, left).unwrap_or_else(PoisonError::into_inner).0;
+            holder.waiting -= 1;
         }
-        *taken = true;
-        drop(taken);
+        holder.is_there = true;
+        drop(holder);
         let mut alone = Alone { gate: self, passing: None };
         alone.passing = Some(self.passing.write_until(until).ok_or(Errno::ETIMEDOUT)?);
         Ok(alone)
@@ -48,8 +57,13 @@ impl Gate {
 impl Drop for Alone<'_> {
     fn drop(&mut self) {
         drop(self.passing.take());
-        *self.gate.is_taken.lock().unwrap_or_else(PoisonError::into_inner) = false;
-        self.gate.free.notify_one();
+        let mut holder = self.gate.holder.lock().unwrap_or_else(PoisonError::into_inner);
+        holder.is_there = false;
+        let is_awaited = holder.waiting > 0;
+        drop(holder);
+        if is_awaited {
+            self.gate.free.notify_one();
+        }
     }
 }
 
