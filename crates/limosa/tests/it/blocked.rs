@@ -4,10 +4,12 @@ use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 use crate::support::pair::Pair;
-use crate::support::{Folder, LIMIT, limosa_command, start};
+use crate::support::{Folder, LIMIT, limosa, limosa_command};
 use limosa_testing::Terminal;
+use limosa_vfio_user::client::{Client, Options};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
@@ -75,8 +77,12 @@ fn a_receiver_whose_log_nobody_read_kept_the_guest_stopped() {
     let (_unread, error) = full_pipe();
     let link = format!("unix:{}", pair.folder.text("link"));
     let receiver = with_error(error, &["-vv", "receive", &pair.destination.socket, "--listen", &link]);
-    let sender = start(&["send", &pair.source.socket, "--to", &link, "--connect-timeout", "60"]);
-    sender.end().ok();
+    let begun = Instant::now();
+    while !pair.folder.path("link").exists() {
+        assert!(begun.elapsed() < LIMIT, "it does not listen");
+        std::thread::yield_now();
+    }
+    limosa(&["send", &pair.source.socket, "--to", &link]).ok();
     assert_eq!(ended(receiver), Some(0));
     pair.has_moved();
 }
@@ -85,9 +91,8 @@ fn a_receiver_whose_log_nobody_read_kept_the_guest_stopped() {
 fn served(folder: &Folder, error: File) -> (Child, String) {
     let socket = folder.text("served");
     let server = with_error(error, &["-vv", "serve", "synthetic", "--socket", &socket]);
-    let client = limosa_vfio_user::client::Options::default();
-    let begun = std::time::Instant::now();
-    while limosa_vfio_user::client::Client::connect(&socket, client.clone()).is_err() {
+    let begun = Instant::now();
+    while Client::connect(&socket, Options::default()).is_err() {
         assert!(begun.elapsed() < LIMIT, "it does not listen");
         std::thread::yield_now();
     }

@@ -145,7 +145,7 @@ impl<'a> Connection<'a> {
         // An idle client may be idle for ever.
         let until = if self.peer.limits.is_some() { None } else { Some(self.version_until) };
         if self.peer.options.interruptible {
-            match self.peer.link.wait_for_something(until, true)? {
+            match self.peer.link.wait_for_something(until, until.is_some(), true)? {
                 Something::Command => {}
                 Something::Woken => return Ok(()),
                 Something::Late => return Err(ConnectionError::Silent),
@@ -315,7 +315,7 @@ impl<'a> Connection<'a> {
             }
             return Ok(());
         }
-        match self.peer.link.wait_for_something(until, false)? {
+        match self.peer.link.wait_for_something(until, false, false)? {
             Something::Command => match self.peer.link.next(request, None)? {
                 Some(incoming) => self.handle(incoming, request),
                 None => Ok(()),

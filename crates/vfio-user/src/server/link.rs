@@ -203,7 +203,8 @@ impl Link {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for the next command, whose body, or the head of it, is in `buffer`; `None` if none arrives by then.
+    /// Waits for the next command, whose body, or the head of it, is in `buffer`; `None` if none arrives by then. Only the first
+    /// command of a connection has a limit.
     pub(super) fn next(
         &self,
         buffer: &mut Buffer,

@@ -39,6 +39,23 @@ fn accesses_wait_in_order_while_the_device_is_moved() {
     vmm.region_write(BAR0, 0, b"runs").ok();
 }
 
+/// It was taken for the first message of a client that speaks another protocol.
+#[test]
+fn a_reply_that_came_while_an_access_waited_ended_the_connection_of_its_vmm() {
+    let served = Served::new();
+    let (mut vmm, mut control) = (served.peer(), Raw::control(served.path()));
+    control.set_state(STOP).ok();
+    let parked = parked_read(&mut vmm);
+    vmm.send(&message(0xffff, DMA_WRITE, REPLY, &bytes![0u64, 1u32]), &[]);
+    assert_eq!(vmm.region_read(CONFIG, 0, 4).ok().body[16..], [0, 1, 2, 3]);
+    // Nor is what is too long a reason to end it.
+    assert_eq!(vmm.call(DMA_UNMAP, &vec![0; 3 << 20]).refused(), EMSGSIZE);
+    assert_eq!(vmm.region_read(CONFIG, 0, 4).ok().body[16..], [0, 1, 2, 3]);
+    control.set_state(RUNNING).ok();
+    is_answered(&vmm, parked);
+    vmm.assert_usable();
+}
+
 #[test]
 fn a_device_that_is_loaded_holds_accesses_back_too() {
     let served = Served::device(TestDevice::new().state_bytes(100));

@@ -20,9 +20,11 @@ impl Link {
     /// Sleeps until a command has arrived (for one longer than the receive buffer, its first part), [`Link::wake`]
     /// was called, or the time has passed. Does not consume data of the client, so that another process can continue
     /// with it. If `may_stop`, the thread can be stopped while it sleeps without being woken ([`Link::stop_if_idle`]).
+    /// `is_first` is whether the client has not sent anything yet.
     pub(in crate::server) fn wait_for_something(
         &self,
         until: Option<Instant>,
+        is_first: bool,
         may_stop: bool,
     ) -> Result<Something, ConnectionError> {
         let mut is_ready = false;
@@ -47,7 +49,7 @@ impl Link {
             drop(shared);
             // Usually nothing has arrived yet, and checking the socket first would waste a call.
             let gathered = if is_ready || receiver.has_more() {
-                self.gather(&mut receiver, until.is_some())
+                self.gather(&mut receiver, is_first)
             } else {
                 Ok(false)
             };
