@@ -50,8 +50,7 @@ impl Load {
     /// Of these devices, before they are loaded.
     pub fn of(endpoint: &Endpoint, from: &str) -> anyhow::Result<Load> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let (written_ns, since) = (now.as_nanos() as u64, now.as_secs());
-        let halted = Halted { since, ..devices_of(endpoint)? };
+        let (written_ns, halted) = (now.as_nanos() as u64, devices_of(endpoint)?.now());
         let resets = endpoint.devices().iter().map(|device| device.reset_count().ok().flatten()).collect();
         Ok(Load { halted, written_ns, resets, from: from.into() })
     }

@@ -1,8 +1,6 @@
 //! Devices that were moved from here, or saved to run elsewhere: a note of the last move of each device, to distinguish a moved
 //! device in STOP from a paused one.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use limosa_migrate::PrivateFolder;
 use serde::{Deserialize, Serialize};
 
@@ -48,8 +46,7 @@ impl Moves {
     /// Notes a move that is done. It is a help for later, and nothing depends on it.
     pub fn remember(&self, moved: &Moved) {
         let remembered = self.open().and_then(|folder| {
-            let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-            let note = Moved { halted: Halted { since, ..moved.halted.clone() }, ..moved.clone() };
+            let note = Moved { halted: moved.halted.clone().now(), ..moved.clone() };
             folder.write(format!("{}{MOVED}", note.id), &serde_json::to_vec(&note)?)?;
             let mut others = read(&folder)?;
             others.retain(|other| other.id != note.id);
@@ -86,6 +83,6 @@ fn read(folder: &PrivateFolder) -> std::io::Result<Vec<Moved>> {
             folder.file(&name).and_then(|file| file.map(|file| folder.read(&name, &file)).transpose());
         notes.extend(bytes.ok().flatten().and_then(|bytes| serde_json::from_slice(&bytes).ok()));
     }
-    notes.sort_by_key(|moved| moved.halted.since);
+    notes.sort_by_key(|moved| moved.halted.age());
     Ok(notes)
 }

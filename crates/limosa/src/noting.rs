@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use limosa_client::DeviceExt;
 use limosa_migrate::{CommitNote, PrivateFolder};
@@ -36,7 +35,7 @@ pub fn devices_of(endpoint: &Endpoint) -> anyhow::Result<Halted> {
     let known = known.collect();
     let devices = endpoint.devices().iter().map(|device| open::lasting_name(device.given()));
     let devices = devices.collect::<std::io::Result<_>>()?;
-    Ok(Halted { devices, known, since: 0, boot: Some(boot_id()?), stopped: Vec::new(), on_stop: None })
+    Ok(Halted::of(devices, known, Some(boot_id()?)))
 }
 
 impl Doubt {
@@ -142,8 +141,7 @@ impl Noting {
     }
 
     fn halted(&self, stopped: Vec<Stopped>, on_stop: Option<&str>) -> Halted {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Halted { since, stopped, on_stop: on_stop.map(str::to_owned), ..self.halted.clone() }
+        Halted { stopped, on_stop: on_stop.map(str::to_owned), ..self.halted.clone() }.now()
     }
 
     fn write(&self, name: &str, note: &impl Serialize) -> Result<File, String> {

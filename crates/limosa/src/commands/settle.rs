@@ -282,7 +282,7 @@ impl Settling<'_> {
         let id = self.id.to_string();
         for name in &self.halted.devices {
             let Some(later) = self.moves.last(name) else { continue };
-            if later.id == id || later.halted.since < self.halted.since {
+            if later.id == id || later.halted.is_before(self.halted) {
                 continue;
             }
             let how = if later.saved { "was saved to" } else { "went to" };

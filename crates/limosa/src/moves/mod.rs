@@ -47,7 +47,7 @@ impl Notes {
     pub fn into_all(self) -> Vec<Note> {
         let doubts = self.doubts.into_iter().map(Note::Doubt);
         let mut all: Vec<Note> = doubts.chain(self.stops.into_iter().map(Note::Stop)).collect();
-        all.sort_by_key(|note| note.halted().since);
+        all.sort_by_key(|note| note.halted().age());
         all
     }
 }
@@ -115,8 +115,8 @@ impl Moves {
         let is_replaced =
             |stop: &Stop| notes.doubts.iter().any(|doubt| doubt.stop.as_ref() == Some(&stop.id));
         notes.stops.retain(|stop| !is_replaced(stop));
-        notes.doubts.sort_by_key(|doubt| doubt.halted.since);
-        notes.stops.sort_by_key(|stop| stop.halted.since);
+        notes.doubts.sort_by_key(|doubt| doubt.halted.age());
+        notes.stops.sort_by_key(|stop| stop.halted.age());
         Ok(notes)
     }
 

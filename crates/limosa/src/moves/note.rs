@@ -1,9 +1,12 @@
 //! The notes of a source: of a move in doubt ([`Doubt`]), and of a guest that is being stopped ([`Stop`]).
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use limosa_migrate::link::Fingerprint;
 use limosa_migrate::{CommitNote, Secret};
 use limosa_protocol::State;
 use limosa_stream::MigrationId;
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use crate::loaded::Load;
@@ -78,6 +81,9 @@ pub struct Halted {
     pub known: Vec<Known>,
     /// When this was noted, in seconds since 1970.
     pub since: u64,
+    /// The same in ns since the boot: a clock that neither repeats a value nor is set back. Older versions do not note it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since_boot_ns: Option<u64>,
     /// The boot in which it was noted: after a reboot, nothing of it is left.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<String>,
@@ -114,7 +120,34 @@ impl Halted {
     /// For a move without a note, of which a user names one device.
     pub fn of_one(device: &str) -> std::io::Result<Halted> {
         let devices = vec![open::lasting_name(device)?];
-        Ok(Halted { devices, known: Vec::new(), since: 0, boot: None, stopped: Vec::new(), on_stop: None })
+        Ok(Halted::of(devices, Vec::new(), None))
+    }
+
+    /// Of these devices, not noted yet.
+    pub fn of(devices: Vec<String>, known: Vec<Known>, boot: Option<String>) -> Halted {
+        let (stopped, on_stop) = (Vec::new(), None);
+        Halted { devices, known, since: 0, since_boot_ns: None, boot, stopped, on_stop }
+    }
+
+    /// The same, noted now.
+    pub fn now(self) -> Halted {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let up = clock_gettime(ClockId::Boottime);
+        let since_boot_ns = (up.tv_sec as u64).checked_mul(1_000_000_000).map(|ns| ns + up.tv_nsec as u64);
+        Halted { since, since_boot_ns, ..self }
+    }
+
+    /// The key by which notes are sorted, the oldest first.
+    pub fn age(&self) -> impl Ord + use<> {
+        (self.since, self.since_boot_ns)
+    }
+
+    /// Whether this was noted before the other. `false` for notes of one second if an older version wrote one of them.
+    pub fn is_before(&self, other: &Halted) -> bool {
+        match (self.since_boot_ns, other.since_boot_ns) {
+            (Some(this), Some(that)) if self.boot.is_some() && self.boot == other.boot => this < that,
+            _ => self.since < other.since,
+        }
     }
 
     /// The names of the stopped devices, for messages.

@@ -181,6 +181,32 @@ fn a_guest_that_was_let_run_by_hand_and_moved_on_was_run_a_second_time() {
 }
 
 #[test]
+fn an_earlier_move_of_the_same_second_was_taken_for_a_later_one() {
+    let folder = Folder::new();
+    let (source, there) =
+        (folder.device("source", &[]), folder.device("there", &["fault=stall:STOP>RUNNING_P2P:800"]));
+    source.mark(GUEST);
+    let (moves, listen) = (folder.text("moves"), format!("unix:{}", folder.text("link")));
+    limosa(&["save", "--stop", &source.socket, &folder.text("file"), "--moves", &moves]).ok();
+    limosa(&["state", &source.socket, "set", "RUNNING"]).ok();
+    let receiver = start(&["receive", &there.socket, "--listen", &listen]);
+    receiver.line("listening on");
+    let sender = start(&["send", &source.socket, "--to", &listen, "--moves", &moves]);
+    there.line("stalls as scripted");
+    receiver.kill();
+    sender.end().fails(5, &["in doubt"]);
+    let notes: Vec<_> = std::fs::read_dir(&moves).unwrap().map(|note| note.unwrap().path()).collect();
+    assert_eq!(notes.len(), 2, "{notes:?}");
+    for note in notes {
+        let mut noted: Value = serde_json::from_slice(&std::fs::read(&note).unwrap()).unwrap();
+        noted["since"] = 1_700_000_000.into();
+        std::fs::write(note, noted.to_string()).unwrap();
+    }
+    limosa(&["resolve", &source.socket, "--moves", &moves, "--decide", "undone"]).ok();
+    assert!(source.runs(GUEST));
+}
+
+#[test]
 fn a_device_that_did_not_answer_held_up_the_others_and_the_guest() {
     let doubt = Doubt::new();
     let id = doubt.id();
