@@ -13,7 +13,7 @@ use crate::open::Opened;
 /// Refuses devices that cannot be moved in their current state. A device in STOP is moved only if that is intended (`stopped`):
 /// an earlier move has left it so, or its guest was paused, and only the user knows which.
 pub fn check_source(devices: &[Opened], stopped: bool, moves: &Moves) -> anyhow::Result<()> {
-    refuse(devices, |device, state| match state {
+    refuse(devices, moves, |device, state| match state {
         State::Running => None,
         State::Stop if stopped => None,
         State::Stop => Some(in_stop(device.given(), moves)),
@@ -23,7 +23,7 @@ pub fn check_source(devices: &[Opened], stopped: bool, moves: &Moves) -> anyhow:
 
 /// Refuses devices to which nothing can be moved.
 pub fn check_destination(devices: &[Opened], moves: &Moves) -> anyhow::Result<()> {
-    refuse(devices, |device, state| match state {
+    refuse(devices, moves, |device, state| match state {
         State::Running | State::Stop => None,
         _ => Some(left(device.given(), state, "is it in use?", moves)),
     })
@@ -47,8 +47,17 @@ pub fn check_stop_with<'a>(
     Ok(())
 }
 
-fn refuse(devices: &[Opened], why: impl Fn(&Opened, State) -> Option<String>) -> anyhow::Result<()> {
-    let reasons: Vec<_> = devices.iter().filter_map(|device| why(device, state(device)?)).collect();
+/// A device that was given away with a move is refused in any case: it would refuse the move itself, without the reason.
+fn refuse(
+    devices: &[Opened],
+    moves: &Moves,
+    why: impl Fn(&Opened, State) -> Option<String>,
+) -> anyhow::Result<()> {
+    let of = |device: &Opened| {
+        let state = state(device)?;
+        device.why_it_stays(moves).or_else(|| why(device, state))
+    };
+    let reasons: Vec<_> = devices.iter().filter_map(of).collect();
     match reasons.is_empty() {
         true => Ok(()),
         false => Err(exit::error(Code::Refused, reasons.join("; "))),
@@ -114,7 +123,7 @@ pub fn doubt(name: &str, moves: &Moves) -> Option<String> {
 }
 
 /// The note of a move of this device that is not settled. A device is not refused because of notes that cannot be read.
-fn noted(name: &str, moves: &Moves) -> Option<String> {
+pub fn noted(name: &str, moves: &Moves) -> Option<String> {
     let note = moves.notes().ok()?.into_all().into_iter().rfind(|note| note.halted().is_of(name))?;
     let id = note.id();
     Some(match (moves.is_in_use(&note), &note) {

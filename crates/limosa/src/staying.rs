@@ -7,7 +7,16 @@ use limosa_stream::MigrationId;
 use limosa_vfio_user::client::Role;
 use limosa_vfio_user::extension;
 
+use crate::found;
+use crate::moved::Moved;
+use crate::moves::Moves;
 use crate::open::Opened;
+use crate::output::plain;
+
+/// The command that lets a device run again which stays for a move that nothing is noted of.
+pub fn way_back(name: &str, id: MigrationId) -> String {
+    format!("limosa resolve {name} --id {id} --decide undone")
+}
 
 impl Opened {
     /// Whether a VMM uses the device, and this process is beside it.
@@ -21,6 +30,31 @@ impl Opened {
             Some(device) => device.stay(id.0),
             None => Ok(()),
         }
+    }
+
+    /// The move for which the device stays stopped; `None` also for a device that does not know this.
+    pub fn stays_for(&self) -> Option<MigrationId> {
+        let device = self.vfio_user()?;
+        let id = device.probe(extension::STAY, FeatureOp::GET).ok()?.then(|| device.stays().ok());
+        id.flatten().flatten().map(MigrationId)
+    }
+
+    /// Why a device stays stopped for a move, with the only command that lets it run; `None` for any other device.
+    pub fn why_it_stays(&self, moves: &Moves) -> Option<String> {
+        let (name, id) = (self.given(), self.stays_for()?);
+        if let Some(what) = found::noted(name, moves) {
+            return Some(format!("{name} stays stopped for move {id}: {what}"));
+        }
+        let done = match moves.last(name).filter(|moved| moved.id == id.to_string()) {
+            Some(Moved { to, saved: true, .. }) => format!(", which is done: it was saved to {}", plain(&to)),
+            Some(Moved { to, .. }) => format!(", which is done: it went to {}", plain(&to)),
+            None => ", of which nothing is noted here".into(),
+        };
+        Some(format!(
+            "{name} was given away with move {id}{done}. It stays stopped; only if its guest runs nowhere else, and never \
+             will, let it run here with `{}`",
+            way_back(name, id)
+        ))
     }
 
     /// Lets it run again, if it stays for this move: the move is decided for this side.

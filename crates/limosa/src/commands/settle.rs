@@ -42,11 +42,15 @@ pub fn resolve(args: &args::Resolve, opening: Opening<'_>, out: &Output) -> anyh
         }
         (None, Some(note)) => parsed(note)?,
         (None, None) => {
+            let name = args.device.as_deref().unwrap_or_default();
+            // A device that cannot be opened has nothing to say of it.
+            if let Some(why) = opening.open(name).ok().and_then(|device| device.why_it_stays(&moves)) {
+                return Err(exit::error(Code::Refused, why));
+            }
             let what = format!(
                 "{name}: no move of this device is noted as in doubt; `limosa resolve` lists those that are, and --id names \
                  one that is not. If a killed command has left it in another state than RUNNING, `limosa doctor {name}` says \
-                 what leads out of it",
-                name = args.device.as_deref().unwrap_or_default()
+                 what leads out of it"
             );
             return Err(exit::error(Code::Refused, what));
         }

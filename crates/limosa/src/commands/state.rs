@@ -40,7 +40,15 @@ pub fn run(
         StateAction::Reset => true,
         _ => false,
     };
-    if may_run && let Some(doubt) = found::doubt(device.given(), moves) {
+    let may_load = matches!(action, StateAction::Set { state: State::Resuming });
+    let doubt = (may_run || may_load).then(|| found::doubt(device.given(), moves)).flatten();
+    if (may_run || may_load)
+        && let Some(why) = device.why_it_stays(moves)
+    {
+        let code = if doubt.is_some() { Code::InDoubt } else { Code::Refused };
+        return Err(exit::error(code, why));
+    }
+    if let Some(doubt) = doubt.filter(|_| may_run) {
         if !force {
             return Err(exit::error(
                 Code::InDoubt,

@@ -89,7 +89,7 @@ fn a_device_that_a_vmm_uses_is_moved_and_never_runs_there_again() {
         assert_eq!(vmm.client.state().unwrap(), State::Stop);
         assert!(vmm.client.set_state(State::Running).is_err() && vmm.client.reset().is_err());
         let set = limosa(&["state", &source.socket, "set", "RUNNING"]);
-        set.fails(3, &["given away with a move"]);
+        set.fails(3, &["given away with move", "--decide undone"]);
     };
     stays(&here);
     drop(here);
@@ -107,6 +107,42 @@ fn migrate_takes_a_device_from_one_vmm_to_another() {
     assert_eq!((there.guest(), there.client.state().unwrap()), (GUEST, State::Running));
     assert_eq!(here.client.state().unwrap(), State::Stop);
     assert!(here.client.set_state(State::Running).is_err());
+}
+
+#[test]
+fn every_command_sent_the_user_of_a_device_that_was_given_away_to_another_command_that_refused_it() {
+    let folder = Folder::new();
+    let (device, other) = (folder.device("device", &[]), folder.device("other", &[]));
+    let vmm = Vmm::of(&device);
+    vmm.mark(GUEST);
+    let (file, moves) = (folder.text("file"), folder.text("moves"));
+    limosa(&["save", "--stop", &device.socket, &file, "--moves", &moves]).ok();
+    drop(vmm);
+    let listed = limosa(&["--json", "state", &device.socket]).json();
+    assert_eq!(listed["state"], "STOP");
+    let note = std::fs::read_dir(&moves).unwrap().map(|note| note.unwrap().path());
+    let id = note.into_iter().find_map(|path| path.file_stem()?.to_str().map(str::to_owned)).unwrap();
+    let way_back = format!("limosa resolve {} --id {id} --decide undone", device.socket);
+    let socket = &device.socket;
+    for args in [
+        &["state", socket, "set", "RUNNING"][..],
+        &["state", socket, "set", "RUNNING", "--force"],
+        &["state", socket, "set", "RESUMING"],
+        &["state", socket, "reset"],
+        &["migrate", socket, &other.socket],
+        &["migrate", socket, &other.socket, "--stopped"],
+        &["migrate", &other.socket, socket],
+        &["resolve", socket],
+    ] {
+        limosa(&[args, &["--moves", &moves]].concat()).fails(3, &[&way_back, &file]);
+    }
+    limosa(&["load", &file, socket]).fails(3, &[&way_back]);
+    let found = limosa(&["doctor", socket, "--moves", &moves]);
+    assert!(found.code == 10 && found.out.contains(&way_back), "{found:?}");
+    assert!(other.runs(0));
+    // It is the command that does.
+    limosa(&way_back.split(' ').skip(1).collect::<Vec<_>>()).ok();
+    assert!(device.runs(GUEST));
 }
 
 /// A move whose sender is killed at its commit.

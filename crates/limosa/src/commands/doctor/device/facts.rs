@@ -7,8 +7,7 @@ use limosa_client::{Device, DeviceExt, Error};
 use limosa_host::{Group, User};
 use limosa_migrate::way_out_of;
 use limosa_protocol::feature::DmaLoggingRange;
-use limosa_protocol::{FeatureOp, MigrationFlags, State};
-use limosa_vfio_user::extension;
+use limosa_protocol::{MigrationFlags, State};
 
 use super::super::finding::{
     BESIDE_VMM, Finding, IN_DOUBT, IN_ERROR, IOMMU_NO_DIRTY, LOG_COARSE, LOG_REFUSED, MIDWAY, NO_DATA_SIZE,
@@ -16,10 +15,12 @@ use super::super::finding::{
 };
 use super::{Known, Looked};
 use crate::commands::probe::{self, Probe};
+use crate::found;
 use crate::moves::Moves;
 use crate::open::Opened;
 use crate::open_elsewhere;
 use crate::output;
+use crate::staying::way_back;
 
 /// Page sizes with which a log is requested.
 const PAGES: [u64; 3] = [4 << 10, 64 << 10, 2 << 20];
@@ -42,7 +43,7 @@ pub fn gather(device: &Opened, moves: &Moves, looked: &mut Looked) -> anyhow::Re
     }
     let flags = device.migration_flags()?;
     looked.known.flags = Some(flags);
-    migration(device, &found, flags, looked)?;
+    migration(device, &found, flags, moves, looked)?;
     if let Some(loaded) = moves.loaded_by(device) {
         looked.report.facts.add("loaded by", loaded.to_string());
     }
@@ -106,6 +107,7 @@ fn migration(
     device: &Opened,
     found: &Probe,
     flags: MigrationFlags,
+    moves: &Moves,
     looked: &mut Looked,
 ) -> anyhow::Result<()> {
     if let Some(why) = &found.cannot_migrate {
@@ -131,24 +133,20 @@ fn migration(
     if !flags.contains(MigrationFlags::P2P) {
         looked.find(&NO_P2P, format!("its flags are {flags}"));
     }
-    stands(device, state, looked);
+    stands(device, state, moves, looked);
     Ok(())
 }
 
 /// Whether a move can begin in this state.
-fn stands(device: &Opened, state: State, looked: &mut Looked) {
+fn stands(device: &Opened, state: State, moves: &Moves, looked: &mut Looked) {
     let name = looked.name().to_owned();
-    let doubt =
-        device.vfio_user().filter(|client| client.probe(extension::STAY, FeatureOp::GET).unwrap_or(false));
-    if doubt.is_some_and(|client| client.stays().is_ok_and(|id| id.is_some())) {
-        looked.findings.push(
-            Finding::new(
-                &IN_DOUBT,
-                &name,
-                format!("it is in {state}, and stays so until its move is decided"),
-            )
-            .with_remedy(format!("limosa resolve {name}")),
-        );
+    if let Some(id) = device.stays_for() {
+        let what = format!("it is in {state}, and stays so: it was given away with move {id}");
+        let remedy = match found::noted(&name, moves).is_some() {
+            true => format!("limosa resolve {name}"),
+            false => format!("{}, only if its guest runs nowhere else, and never will", way_back(&name, id)),
+        };
+        looked.findings.push(Finding::new(&IN_DOUBT, &name, what).with_remedy(remedy));
         return;
     }
     match state {
