@@ -2,7 +2,7 @@
 
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use crate::support::{Folder, limosa, start};
+use crate::support::{Folder, limosa, start, start_by};
 use limosa_protocol::State;
 use rustix::fs::FlockOperation;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
@@ -46,6 +46,24 @@ fn a_server_whose_queue_is_full_was_waited_for_for_ever() {
     let line = format!("line={name}");
     limosa(&["--timeout", "0.05", "serve", "uart", "--socket", &folder.text("uart"), "-o", &line])
         .fails(UNREACHABLE, &[&line, "no connection within 50ms"]);
+}
+
+#[test]
+fn too_few_open_files_here_were_blamed_on_the_server() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    let mut lost = 0;
+    for most in 7..=14 {
+        // Fds that this process has inherited count as well.
+        let few = format!("exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-; ulimit -n {most}; exec \"$@\"");
+        let ended = start_by("/bin/sh", &["-c", &few, "sh"], &["probe", &device.socket]).end();
+        assert!(!ended.err.contains("broke the protocol"), "{most}: {ended:?}");
+        if ended.code != 0 {
+            ended.fails(1, &[&device.socket, "EMFILE"]);
+            lost += usize::from(ended.err.contains("receiving the fds of VERSION"));
+        }
+    }
+    assert!(lost > 0, "the server's fd has no room in one case at least");
 }
 
 #[test]

@@ -249,7 +249,10 @@ impl<'a> Fresh<'a> {
         }
         let mut body = vec![0; bytes];
         match self.receiver.read(&mut body, Some(self.deadline)) {
-            Ok(_) => Ok((body, self.receiver.fds())),
+            Ok(_) => match self.receiver.fds() {
+                Fds { lost: true, .. } => Err(self.error(request, Failure::NoRoom)),
+                fds => Ok((body, fds)),
+            },
             Err(failure) => Err(self.error(request, failure.into())),
         }
     }

@@ -54,6 +54,8 @@ pub(super) enum Failure {
     TimedOut(Duration),
     Connection(ConnectionError),
     Misbehaved(String),
+    /// The fds of the reply exceed the limit of open files of this process.
+    NoRoom,
 }
 
 impl From<ConnectionError> for Failure {
@@ -382,6 +384,9 @@ fn take_body(
         true => receiver.fds(),
         false => Fds::default(),
     };
+    if fds.lost {
+        return Err(Failure::NoRoom);
+    }
     Ok(Answer { body_bytes, fds })
 }
 

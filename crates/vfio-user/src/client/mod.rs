@@ -393,6 +393,12 @@ fn error(name: &str, request: &str, failure: Failure) -> Error {
         Failure::Refused(errno) => Error::Refused { device, request: request.into(), errno, hint: "".into() },
         Failure::TimedOut(limit) => Error::Timeout { device, request: request.into(), limit },
         Failure::Misbehaved(what) => Error::Misbehaved { device, what },
+        Failure::NoRoom => Error::Os {
+            device,
+            what: format!("receiving the fds of {request}"),
+            errno: limosa_protocol::Errno::EMFILE,
+            hint: "this process has as many open files as it may: raise its limit (ulimit -n)".into(),
+        },
         Failure::Connection(error) => match error {
             ConnectionError::Broken(_) | ConnectionError::Backlog => {
                 Error::Misbehaved { device, what: error.to_string() }

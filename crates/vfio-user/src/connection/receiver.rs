@@ -62,6 +62,8 @@ struct Arrived {
     position: u64,
     /// `None` for excess fds, or for fds that exceed this process's limit.
     fd: Option<ForeignFd>,
+    /// Whether they exceed this process's limit.
+    is_lost: bool,
 }
 
 /// The fds of one message.
@@ -71,6 +73,8 @@ pub struct Fds {
     pub fds: Vec<ForeignFd>,
     /// There were more fds, which were dropped.
     pub truncated: bool,
+    /// Some of those exceeded this process's limit of open files.
+    pub lost: bool,
 }
 
 impl Receiver {
@@ -293,7 +297,10 @@ impl Receiver {
                 // Those of a later message, which the buffer holds already.
                 Arrived { position, .. } if position >= end => kept.push(arrived),
                 Arrived { fd: Some(fd), .. } => taken.fds.push(fd),
-                Arrived { fd: None, .. } => taken.truncated = true,
+                Arrived { fd: None, is_lost, .. } => {
+                    taken.truncated = true;
+                    taken.lost |= is_lost;
+                }
             }
         }
         self.wire.fds = kept;
@@ -339,7 +346,8 @@ impl Receiver {
         if fds.len() > 4 * MSG_FDS_MAX + 1 || fds.iter().any(|(at, _)| *at >= bytes.len() as u64) {
             return None;
         }
-        self.wire.fds = fds.into_iter().map(|(position, fd)| Arrived { position, fd }).collect();
+        let arrived = |(position, fd)| Arrived { position, fd, is_lost: false };
+        self.wire.fds = fds.into_iter().map(arrived).collect();
         Some(self)
     }
 
@@ -439,14 +447,14 @@ impl Wire {
     fn sort_in(&mut self, position: u64, lost: bool) {
         let too_many = lost || self.came.len() > MSG_FDS_MAX;
         let fds = self.came.drain(..).take(MSG_FDS_MAX);
-        self.fds.extend(fds.map(|fd| Arrived { position, fd: Some(fd) }));
+        self.fds.extend(fds.map(|fd| Arrived { position, fd: Some(fd), is_lost: false }));
         if too_many {
-            self.fds.push(Arrived { position, fd: None });
+            self.fds.push(Arrived { position, fd: None, is_lost: lost });
         }
         // Pieces of one message may each bring fds; together they are as limited as one.
         if self.fds.len() > 4 * MSG_FDS_MAX {
             self.fds.truncate(4 * MSG_FDS_MAX);
-            self.fds.push(Arrived { position, fd: None });
+            self.fds.push(Arrived { position, fd: None, is_lost: false });
         }
         self.is_behind = !keeps_up(CLOSING_MAX);
     }

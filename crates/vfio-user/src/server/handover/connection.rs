@@ -333,7 +333,8 @@ impl Adopted {
         if item.kind == kind::PARKED {
             self.state.parked.push(Access { header, body, writes_done: message.writes_done });
         } else {
-            let fds = Fds { fds: std::mem::take(&mut item.fds), truncated: message.fds_truncated };
+            let fds =
+                Fds { fds: std::mem::take(&mut item.fds), truncated: message.fds_truncated, lost: false };
             self.queue.push(Queued { header, fds, body, fits });
         }
         Ok(())
