@@ -40,9 +40,12 @@ impl<'a> Guest<'a> {
         devices: &'a [Opened],
         noting: Option<Noting>,
     ) -> anyhow::Result<Guest<'a>> {
-        let processes =
+        let processes: Vec<_> =
             stopping.stop_with.iter().map(|pid| Process::open(*pid)).collect::<anyhow::Result<_>>()?;
         let (on_stop, on_resume) = (stopping.on_stop.as_deref(), stopping.on_resume.as_deref());
+        if let Some(noting) = &noting {
+            noting.check_room(processes.len(), on_stop)?;
+        }
         Ok(Guest { processes, on_stop, on_resume, noting, devices, ..Guest::default() })
     }
 

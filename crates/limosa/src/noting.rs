@@ -11,8 +11,9 @@ use serde::Serialize;
 
 use crate::endpoint::Endpoint;
 use crate::loaded::Load;
+use crate::exit::Code;
 use crate::moved::Moved;
-use crate::moves::{DOUBT, Doubt, HINT, Halted, Known, Moves, STOP, Stop};
+use crate::moves::{DOUBT, Doubt, Halted, Known, Moves, STOP, Stop, failed, hint};
 use crate::open;
 use crate::process::{Stopped, boot_id};
 
@@ -46,6 +47,11 @@ impl Doubt {
     }
 }
 
+/// The most bytes of a note that are about one stopped process.
+const PROCESS_BYTES: usize = 256;
+/// The most bytes of the other parts of a note: ids, a secret, a fingerprint and times.
+const MORE_BYTES: usize = 2048;
+
 /// The notes of one move or save.
 pub struct Noting {
     moves: Moves,
@@ -74,6 +80,17 @@ impl Noting {
 
     fn written(&self) -> MutexGuard<'_, Written> {
         self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Checks that there is room for the notes of this move, before anything is stopped: for that of the stop, and that of the
+    /// commit, which replaces it.
+    pub fn check_room(&self, processes: usize, on_stop: Option<&str>) -> anyhow::Result<()> {
+        let target = match &self.target {
+            Target::Address { address: to, .. } | Target::Snapshot(to) | Target::Here(to) => to,
+        };
+        let text = serde_json::to_vec(&(&self.halted, target, on_stop))?;
+        let bytes = text.len() + processes * PROCESS_BYTES + MORE_BYTES;
+        self.folder.check_room(2, bytes).map_err(|error| failed(Code::Unreachable, &error))
     }
 
     /// Notes what is about to be stopped.
@@ -147,6 +164,6 @@ impl Noting {
     fn write(&self, name: &str, note: &impl Serialize) -> Result<File, String> {
         let bytes = serde_json::to_vec(note).map_err(|error| error.to_string())?;
         let written = self.folder.write(name, &bytes);
-        written.map_err(|error| format!("it cannot be noted: {error}; {HINT}"))
+        written.map_err(|error| format!("it cannot be noted: {error}; {}", hint(&error)))
     }
 }

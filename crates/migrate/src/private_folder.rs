@@ -13,6 +13,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use limosa_stream::MigrationId;
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, flock, fstat, fsync, open, openat, renameat,
     statat, unlinkat,
@@ -126,13 +127,17 @@ impl PrivateFolder {
     /// [`PrivateFolder::sync`].
     pub fn create_file(&self, name: impl AsRef<OsStr>) -> io::Result<Option<File>> {
         let name = name.as_ref();
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        match openat(&self.fd, name, flags, Mode::RUSR | Mode::WUSR) {
+        match self.create_new(name) {
             Err(Errno::EXIST) => Ok(None),
             created => {
                 created.map(|fd| Some(fd.into())).map_err(|errno| named(&self.path.join(name), errno.into()))
             }
         }
+    }
+
+    fn create_new(&self, name: &OsStr) -> Result<OwnedFd, Errno> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        openat(&self.fd, name, flags, Mode::RUSR | Mode::WUSR)
     }
 
     /// Writes a whole file, which appears under its name in one step, replaces another one of this name, and is durable when
@@ -163,6 +168,24 @@ impl PrivateFolder {
                 Err(failed(error))
             }
         }
+    }
+
+    /// Checks that there is room for this number of further files of `bytes` bytes each, by writing them. Nothing is left of
+    /// them. An error names the folder.
+    pub fn check_room(&self, files: usize, bytes: usize) -> io::Result<()> {
+        let id = MigrationId::random()?;
+        let content = vec![1; bytes];
+        let write = |number: usize| -> io::Result<File> {
+            let name = format!(".{id}-{number}.room");
+            let mut file = File::from(self.create_new(OsStr::new(&name))?);
+            // It keeps its room as long as it is open.
+            unlinkat(&self.fd, &name, AtFlags::empty())?;
+            file.write_all(&content)?;
+            retry_on_intr(|| fsync(&file))?;
+            Ok(file)
+        };
+        let held: io::Result<Vec<File>> = (0..files).map(write).collect();
+        held.map(drop).map_err(|error| named(&self.path, error))
     }
 
     /// Makes the contents of a file in the folder durable, and all names in the folder.

@@ -5,6 +5,7 @@
 mod note;
 mod taken;
 
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use limosa_migrate::{Ledger, PrivateFolder};
@@ -20,7 +21,18 @@ pub use taken::is_in_use;
 use taken::is_ours;
 
 /// Advice about a folder that cannot be used.
-pub const HINT: &str = "name a folder of your own with --moves";
+pub fn hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            "make room on its file system, or name another folder with --moves"
+        }
+        ErrorKind::ReadOnlyFilesystem => "name a folder that can be written to with --moves",
+        _ => "name a folder of your own with --moves",
+    }
+}
+
+/// The room that is needed for a record of a received move, in bytes: one block of most file systems.
+const RECORD_BYTES: usize = 4096;
 
 /// The folder, which may not exist.
 #[derive(Clone, Debug)]
@@ -75,7 +87,14 @@ impl Moves {
 
     /// The ledger of a destination's moves.
     pub fn ledger(&self) -> anyhow::Result<Ledger> {
+        self.check_room()?;
         Ledger::open(&self.0).map_err(|error| failed(Code::Unreachable, &error))
+    }
+
+    /// Checks that a received move can be recorded: without a record it is not committed, which is found only when its guest
+    /// is stopped already.
+    pub fn check_room(&self) -> anyhow::Result<()> {
+        self.open()?.check_room(1, RECORD_BYTES).map_err(|error| failed(Code::Unreachable, &error))
     }
 
     /// The ledger of a destination's moves, to answer from it.
@@ -165,7 +184,7 @@ fn read_all<T: DeserializeOwned>(
     end: &str,
     notes: &mut Vec<T>,
     refused: &mut Vec<Refused>,
-) -> std::io::Result<()> {
+) -> io::Result<()> {
     for name in folder.names(end)? {
         let read = folder.file(&name).and_then(|file| match file {
             Some(file) => folder.read(&name, &file).map(Some),
@@ -186,6 +205,10 @@ fn read_all<T: DeserializeOwned>(
 }
 
 /// An error of the folder, which it names.
-fn failed(code: Code, error: &std::io::Error) -> anyhow::Error {
-    exit::error(code, format!("{error}; {HINT}"))
+pub fn failed(code: Code, error: &io::Error) -> anyhow::Error {
+    let code = match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::ReadOnlyFilesystem => Code::Failed,
+        _ => code,
+    };
+    exit::error(code, format!("{error}; {}", hint(error)))
 }

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 
-use crate::support::{Folder, GUEST, JsonOutput, limosa, limosa_with, start};
+use crate::support::{Folder, GUEST, JsonOutput, limosa, limosa_with, on_a_disk, start};
 use limosa_protocol::State;
 use rustix::fs::{CWD, FileType, mknodat};
 use rustix::process::Signal;
@@ -125,4 +125,28 @@ fn a_move_that_could_not_be_recorded_was_committed() {
         }
         assert!(source.runs(GUEST) && !destination.runs(GUEST), "{side}");
     }
+}
+
+#[test]
+fn a_full_folder_of_moves_was_found_when_the_guest_was_stopped_already() {
+    let folder = Folder::new();
+    let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[]));
+    source.mark(GUEST);
+    let (disk, file, was_stopped) = (folder.path("moves"), folder.text("file"), folder.path("was-stopped"));
+    std::fs::create_dir(&disk).unwrap();
+    let (moves, listen) = (folder.text("moves"), format!("unix:{}", folder.text("link")));
+    let stop = format!("touch {}", was_stopped.display());
+    for args in [
+        &["save", "--stop", &source.socket, &file, "--on-stop", &stop][..],
+        &["send", &source.socket, "--to", &listen, "--on-stop", &stop],
+        &["migrate", &source.socket, &destination.socket, "--on-stop", &stop],
+        &["receive", &destination.socket, "--listen", &listen],
+    ] {
+        let fill = "dd if=/dev/zero of=\"$0/fill\" bs=4k 2>/dev/null; exec \"$@\"";
+        let args = [args, &["--moves", &moves]].concat();
+        let Some(ended) = on_a_disk("size=64k,mode=700", &disk, fill, &args) else { return };
+        ended.fails(1, &[&moves, "No space left", "make room"]);
+        assert!(!was_stopped.exists() && source.runs(GUEST) && destination.runs(0), "{args:?}");
+    }
+    assert!(!folder.path("file").exists());
 }

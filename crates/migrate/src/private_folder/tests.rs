@@ -167,3 +167,13 @@ fn a_folder_without_fsync_is_no_failure_and_a_disk_that_fails_is() {
     }
     synced(Ok(())).unwrap();
 }
+
+#[test]
+fn a_check_for_room_leaves_nothing_behind() {
+    let scene = Scene::new();
+    scene.private.check_room(3, 5000).unwrap();
+    assert_eq!(std::fs::read_dir(scene.path("")).unwrap().count(), 0);
+    std::fs::remove_dir(scene.path("")).unwrap();
+    let error = scene.private.check_room(1, 1).unwrap_err().to_string();
+    assert!(error.contains(scene.path("").to_str().unwrap().trim_end_matches('/')), "{error}");
+}

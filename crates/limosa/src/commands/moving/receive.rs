@@ -23,7 +23,7 @@ use crate::keep_open::{self, Leaves};
 use crate::links::Links;
 use crate::memory::DestinationPages;
 use crate::metrics::{Exposition, Listener as MetricsListener, Receiver};
-use crate::moves::{HINT, Moves};
+use crate::moves::{Moves, hint};
 use crate::open::Opening;
 use crate::output::Output;
 use crate::progress::Progress;
@@ -138,8 +138,8 @@ impl Receiving<'_> {
                 note_ways_back(&mut report);
                 let may_doubt = source_may_doubt(&why, &report);
                 let mut what = format!("{} was not loaded{}", endpoint.name(), Notes(&report.notes));
-                if matches!(why, Error::NotRecorded { .. }) {
-                    what = format!("{what}; {HINT}");
+                if let Error::NotRecorded { error } = &why {
+                    what = format!("{what}; {}", hint(error));
                 }
                 let error = ending.failed(&report, anyhow::Error::from(why).context(what));
                 if may_doubt {

@@ -1,10 +1,8 @@
 //! Files and disks that have no room, or less than they had.
 
-use std::path::Path;
-
 use super::{empty, memory, same};
 use crate::support::pair::Pair;
-use crate::support::{Ended, start_by};
+use crate::support::{Ended, on_a_disk, start_by};
 
 #[test]
 fn a_file_that_becomes_shorter_in_the_move_undoes_it() {
@@ -41,16 +39,6 @@ fn a_file_that_can_take_no_more_brings_the_source_back_and_leaves_nothing_behind
     same(&from, &to);
 }
 
-/// Runs a shell's commands, which get the command and its arguments, with a file system of 1 MiB at this folder; `None`
-/// where this user may not.
-fn on_a_small_disk(folder: &Path, commands: &str, args: &[&str]) -> Option<Ended> {
-    let script = format!("mount -t tmpfs -o size=1m none \"$0\" || exit 99; {commands}");
-    let folder = folder.to_str().unwrap();
-    let mounted = ["--user", "--map-root-user", "--mount", "bash", "-c", &script, folder];
-    let ended = start_by("unshare", &mounted, args).end();
-    (ended.code != 99 && !ended.err.starts_with("unshare: ")).then_some(ended)
-}
-
 #[test]
 fn a_full_disk_brings_the_source_back() {
     let pair = Pair::new(&[], &[]);
@@ -62,14 +50,13 @@ fn a_full_disk_brings_the_source_back() {
     let there = format!("{file}@0,size=2M,create");
     let save = ["save", &pair.source.socket, &file, "--memory", &here, "--guest-stopped"];
     let commands = "\"$@\"; code=$?; [ -z \"$(ls -A \"$0\")\" ] || exit 98; exit $code";
-    let Some(saved) = on_a_small_disk(&disk, commands, &save) else {
-        eprintln!("passed over: this user may not mount");
+    let Some(saved) = on_a_disk("size=1m", &disk, commands, &save) else {
         return;
     };
     saved.fails(1, &[&file, "No space left", "the source is as it was before"]);
     pair.is_as_before();
     let migrate = pair.migration(&["--guest-stopped", "--memory", &here, &there]);
-    let moved = on_a_small_disk(&disk, "exec \"$@\"", &migrate).unwrap();
+    let moved = on_a_disk("size=1m", &disk, "exec \"$@\"", &migrate).unwrap();
     moved.fails(1, &["guest memory at", "no more room on its disk", "the source is as it was before"]);
     pair.is_as_before();
 }

@@ -88,6 +88,20 @@ pub fn start_by<S: AsRef<str>>(program: &str, own: &[&str], args: &[S]) -> Runni
     Running::start(&mut prepared(command, args))
 }
 
+/// Runs a shell's commands, which get the command and its arguments, with a file system in memory at this folder (`$0`), mounted
+/// with these options; `None` where this user may not mount it.
+pub fn on_a_disk(options: &str, folder: &Path, commands: &str, args: &[&str]) -> Option<Ended> {
+    let script = format!("mount -t tmpfs -o {options} none \"$0\" || exit 99; {commands}");
+    let folder = folder.to_str().unwrap();
+    let mounted = ["--user", "--map-root-user", "--mount", "bash", "-c", &script, folder];
+    let ended = start_by("unshare", &mounted, args).end();
+    let may_mount = ended.code != 99 && !ended.err.starts_with("unshare: ");
+    if !may_mount {
+        eprintln!("passed over: this user may not mount");
+    }
+    may_mount.then_some(ended)
+}
+
 /// The same, with these variables in its environment.
 pub fn start_with<S: AsRef<str>>(variables: &[(String, String)], args: &[S]) -> Running {
     let command = Command::new(env!("CARGO_BIN_EXE_limosa"));
