@@ -70,6 +70,10 @@ pub fn resolve(path: &Path) -> io::Result<Named> {
 /// Opens a file to read it. Links that users made are followed, a descriptor of a process is borrowed, and no other link of
 /// a process is followed. `more` are further flags.
 pub fn open_to_read(path: &Path, more: OFlags) -> io::Result<File> {
+    // `.`, `..` and `/` are folders, and fail as any other folder that is read.
+    if path.file_name().is_none() && !path.as_os_str().is_empty() {
+        return Err(Errno::ISDIR.into());
+    }
     match resolve(path)? {
         Named::Entry(entry) => entry.open(OFlags::RDONLY | more),
         Named::Descriptor(descriptor) => {

@@ -222,8 +222,9 @@ fn cannot_listen(address: &Address, error: &io::Error) -> anyhow::Error {
         }
         _ => "choose another address",
     };
-    // An existing file is a refusal. Any other error means that the address is unavailable.
-    let code = if code == Code::Refused { code } else { Code::Unreachable };
+    // An existing file is a refusal, and a disk may fail. Any other error means that the address is unavailable.
+    let is_disk = matches!(error.kind(), io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::StorageFull);
+    let code = if code == Code::Refused || is_disk { code } else { Code::Unreachable };
     exit::error(code, format!("cannot listen on {address}: {error}; {hint}"))
 }
 

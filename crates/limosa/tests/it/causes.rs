@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::support::users::{can_be_another, start_as_other};
-use crate::support::{Folder, limosa};
+use crate::support::{Folder, limosa, on_a_disk};
 
 const USAGE: i32 = 2;
 const REFUSED: i32 = 3;
@@ -94,6 +94,37 @@ fn what_is_not_there_had_another_code_with_each_command() {
     }
     // A doctor tells of it as a finding.
     limosa(&["doctor", &folder.text("none")]).fails(NOT_READY, &["not ready"]);
+}
+
+#[test]
+fn a_folder_that_was_read_had_another_code_by_another_name() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    for name in [&folder.text(""), ".", "..", "/", "/dev/.."] {
+        for args in [&["inspect", name][..], &["verify", name], &["load", name, &device.socket]] {
+            limosa(args).fails(UNREACHABLE, &["Is a directory"]);
+        }
+    }
+}
+
+#[test]
+fn a_file_system_that_is_read_only_had_another_code_with_each_command() {
+    let folder = Folder::new();
+    let (empty, disk) = (folder.text("empty"), folder.path("disk"));
+    std::fs::write(&empty, [0; 4096]).unwrap();
+    std::fs::create_dir(&disk).unwrap();
+    let device = folder.device("device", &[]);
+    let (made_at, moves) = (folder.text("disk/name"), folder.text("disk/moves"));
+    let stops = ["save", "--stop", &device.socket, &empty, "--replace", "--moves", &moves];
+    let made = MAKES.into_iter().filter(|args| args[0] != "answer");
+    let made = made.chain([&["receive", "--listen", "unix:@MADE", "--memory", "@EMPTY@0"][..]]);
+    let made = made.map(|args| line(args, &made_at, &empty));
+    for args in made.chain([line(&stops, "", "")]) {
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let commands = "mount -o remount,ro \"$0\" || exit 99; exec \"$@\"";
+        let Some(ended) = on_a_disk("size=64k,mode=700", &disk, commands, &args) else { return };
+        ended.fails(1, &["Read-only file system"]);
+    }
 }
 
 #[test]

@@ -239,9 +239,7 @@ fn cannot_listen(socket: &Path, error: &std::io::Error) -> anyhow::Error {
             Code::Usage,
             "a socket's path has 107 bytes at most; choose a shorter one, such as a relative one",
         ),
-        (_, Some(Errno::ROFS)) => {
-            (Code::Unreachable, "choose a folder on a file system that can be written to")
-        }
+        (_, Some(Errno::ROFS)) => (Code::Failed, "choose a folder on a file system that can be written to"),
         (_, Some(Errno::NOTDIR)) => (Code::Unreachable, "choose a path through folders"),
         (ErrorKind::AddrInUse, _) => (Code::Unreachable, "end it, or choose another path"),
         // A file or a link.
@@ -280,7 +278,7 @@ mod tests {
             (Errno::NOSPC, Code::Failed, "make room"),
             (Errno::DQUOT, Code::Failed, "make room"),
             (Errno::NAMETOOLONG, Code::Usage, "107 bytes"),
-            (Errno::ROFS, Code::Unreachable, "can be written to"),
+            (Errno::ROFS, Code::Failed, "can be written to"),
             (Errno::ACCESS, Code::Unreachable, "you may write to"),
             (Errno::NOENT, Code::Unreachable, "make its folder"),
         ] {
