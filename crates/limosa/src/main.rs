@@ -57,7 +57,9 @@ fn main() -> ExitCode {
     let cli = match args::parse() {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() => {
-            return ExitCode::from(exit::tell_usage(&error, &Output::new(json_is_asked_for(), None)) as u8);
+            return ExitCode::from(
+                exit::tell_usage(&error, &Output::new(json_is_asked_for(), args::named())) as u8,
+            );
         }
         // The user asked for the help or the version.
         Err(error) => error.exit(),

@@ -152,3 +152,31 @@ fn a_descriptor_of_another_process_that_is_no_device_is_named() {
     child.kill();
     limosa(&["probe", &ended]).fails(UNREACHABLE, &[&ended, "there is no process"]);
 }
+
+#[test]
+fn a_device_was_served_at_a_path_that_no_command_could_name() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = Folder::new();
+    let socket = folder.path("").join(std::ffi::OsStr::from_bytes(b"\xff.sock"));
+    let serve = |option: &str, other: &str| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_limosa"));
+        let socket = socket.as_os_str();
+        let other = folder.path(other);
+        command.args(["--json", "serve", "synthetic", "--socket"]);
+        match option {
+            "--socket" => command.arg(socket),
+            _ => command.arg(other).arg(option).arg(socket),
+        };
+        crate::support::Running::start(&mut command).end()
+    };
+    for option in ["--socket", "--control"] {
+        let failure = serve(option, "other").json_failure(2);
+        assert!(failure["message"].as_str().unwrap().contains("not UTF-8"), "{failure}");
+        assert!(!socket.exists() && !folder.path("other").exists());
+    }
+    // What is wrong with the command line of another command is said with its name.
+    let mut probe = std::process::Command::new(env!("CARGO_BIN_EXE_limosa"));
+    probe.args(["--json", "--timeout", "1", "probe"]).arg(&socket);
+    let failure = crate::support::Running::start(&mut probe).end().json_failure(2);
+    assert_eq!(failure["command"], "probe", "{failure}");
+}

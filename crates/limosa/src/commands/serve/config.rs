@@ -45,6 +45,11 @@ impl Device {
 /// The devices that the command line describes, itself or by a file; at least one.
 pub fn devices(args: &args::Serve) -> anyhow::Result<Vec<Device>> {
     let devices = described(args)?;
+    for device in &devices {
+        for path in std::iter::once(&device.socket).chain(&device.control) {
+            check_name(path)?;
+        }
+    }
     let is_at = |other: &Path, device: &Device| {
         let own = std::iter::once(&device.socket).chain(&device.control);
         own.into_iter().any(|own| place(own) == place(other))
@@ -59,6 +64,18 @@ pub fn devices(args: &args::Serve) -> anyhow::Result<Vec<Device>> {
         return Err(exit::error(Code::Usage, what));
     }
     Ok(devices)
+}
+
+/// Refuses the path of a socket by which no command could name the device: names of devices are text.
+fn check_name(socket: &Path) -> anyhow::Result<()> {
+    if socket.to_str().is_some() {
+        return Ok(());
+    }
+    let what = format!(
+        "{}: the path of the socket is not UTF-8, and no command could name the device; choose another path",
+        socket.display()
+    );
+    Err(exit::error(Code::Usage, what))
 }
 
 /// Where a socket of this path lies: two paths of one place are one socket, whatever links lead there.
