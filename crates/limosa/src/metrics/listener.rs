@@ -5,6 +5,7 @@ use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::str::FromStr;
 use std::thread::JoinHandle;
 
@@ -19,6 +20,16 @@ use crate::exit::{self, Code};
 /// Where to listen: HOST:PORT, tcp:HOST:PORT or unix:PATH.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Address(link::Address);
+
+impl Address {
+    /// The path of a UNIX socket.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.0 {
+            link::Address::Unix(path) => Some(path),
+            _ => None,
+        }
+    }
+}
 
 impl FromStr for Address {
     type Err = String;

@@ -34,6 +34,7 @@ pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyh
     }
     let cancel = cancel_on_signal()?;
     let (links, address) = Links::listening(&args.listen, &args.link.tls, &args.names)?;
+    check_metrics(args, &address)?;
     let endpoint = Endpoint::destination(opening, &args.devices.names(), &args.memory.memory)?;
     found::check_destination(endpoint.devices(), &Moves::new(args.link.moves.folder.as_deref()))?;
     let done = wait_and_take(&endpoint, args, (&links, &address), &cancel, out);
@@ -69,6 +70,23 @@ fn record_and_options(args: &args::Receive) -> anyhow::Result<(Arc<Ledger>, Opti
         .with_move_max(args.move_limit);
     let ledger = Moves::new(args.link.moves.folder.as_deref()).ledger()?;
     Ok((Arc::new(ledger), args.state.limit(options)))
+}
+
+/// Refuses metrics at the path where senders are waited for.
+fn check_metrics(args: &args::Receive, address: &Address) -> anyhow::Result<()> {
+    let metrics = args.metrics.as_ref().and_then(crate::metrics::Address::path);
+    match (metrics, address) {
+        (Some(metrics), Address::Unix(path))
+            if std::path::absolute(metrics)? == std::path::absolute(path)? =>
+        {
+            let what = format!(
+                "--metrics unix:{} is that of --listen; expected a path of its own",
+                metrics.display()
+            );
+            Err(exit::error(Code::Usage, what))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Answers with metrics, if that is wanted, and says where.

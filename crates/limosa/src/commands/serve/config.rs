@@ -15,6 +15,7 @@ use toml::Spanned;
 
 use crate::args::{self, Model};
 use crate::exit::{self, Code};
+use crate::metrics;
 
 /// The longest configuration file.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -61,6 +62,17 @@ pub fn devices(args: &args::Serve) -> anyhow::Result<Vec<Device>> {
         let what = format!(
             "--takeover {takeover} is a socket of the device at {socket}; expected a path of its own"
         );
+        return Err(exit::error(Code::Usage, what));
+    }
+    if let Some(metrics) = args.metrics.as_ref().and_then(metrics::Address::path) {
+        let whose = match devices.iter().find(|device| is_at(metrics, device)) {
+            Some(device) => format!("a socket of the device at {}", device.socket.display()),
+            None if args.takeover.as_deref().map(place) == Some(place(metrics)) => {
+                "that of --takeover".into()
+            }
+            None => return Ok(devices),
+        };
+        let what = format!("--metrics unix:{} is {whose}; expected a path of its own", metrics.display());
         return Err(exit::error(Code::Usage, what));
     }
     Ok(devices)

@@ -296,3 +296,22 @@ fn a_receiver_tells_of_the_moves_so_far_and_of_the_one_under_way() {
     receiver.signal(Signal::TERM);
     receiver.end().ok();
 }
+
+#[test]
+fn metrics_at_the_socket_of_the_server_itself_were_said_to_be_at_that_of_another_one() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    let (socket, other) = (folder.text("socket"), folder.text("other"));
+    let metrics = format!("unix:{socket}");
+    let serve = |more: &[&str]| limosa(&[&["serve", "synthetic", "--metrics", &metrics], more].concat());
+    for more in [
+        &["--socket", &socket][..],
+        &["--socket", &other, "--control", &socket],
+        &["--socket", &other, "--takeover", &socket],
+    ] {
+        serve(more).fails(2, &["--metrics", &socket, "expected a path of its own"]);
+    }
+    let listen = ["receive", &device.socket, "--listen", &metrics, "--metrics", &metrics];
+    limosa(&listen).fails(2, &["--metrics", "that of --listen"]);
+    assert!(!folder.path("socket").exists() && !folder.path("other").exists());
+}

@@ -12,7 +12,7 @@ use limosa_migrate::{Incoming, NoMove};
 use limosa_protocol::State;
 use serde::{Deserialize, Serialize};
 
-use super::{Receiving, expose, record_and_options};
+use super::{Receiving, check_metrics, expose, record_and_options};
 use crate::args;
 use crate::commands::moving::ended::{Ending, Work};
 use crate::endpoint::Endpoint;
@@ -33,6 +33,7 @@ const LONG: Duration = Duration::from_secs(3600);
 pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyhow::Result<()> {
     let (end, cancel) = signals::end_or_cancel()?;
     let (links, address) = Links::listening(&args.listen, &args.link.tls, &args.names)?;
+    check_metrics(args, &address)?;
     let moves = Moves::new(args.link.moves.folder.as_deref());
     let guests = Guests { moves: &moves };
     // Errors are reported at once, before a source connects. A guest that is here already may still move away.
