@@ -110,6 +110,11 @@ impl Preface {
         out
     }
 
+    /// Whether a preface may begin with these bytes: they are those of the magic number, as far as there are any.
+    pub fn may_begin(bytes: &[u8]) -> bool {
+        bytes.iter().zip(&MAGIC).all(|(byte, magic)| byte == magic)
+    }
+
     /// Reads the bytes. Fails with [`Damage::NotAStream`], [`Damage::Checksum`], [`Damage::Newer`], or with
     /// [`Damage::Unknown`] for an unknown flag that must not be ignored.
     pub fn decode(bytes: &[u8; PREFACE_BYTES]) -> Result<Preface, Damage> {

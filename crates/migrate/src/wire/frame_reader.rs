@@ -19,6 +19,8 @@ use crate::{Cancel, Error, Result};
 /// Behind a payload of this length or more, the next header is read in the same call. Shorter ones belong to frames behind which
 /// nothing may come for long.
 const AHEAD_BYTES_MIN: usize = 4 << 10;
+/// With this number of bytes, TLS can be told from anything else that is not a stream.
+const TELLING_BYTES: usize = 3;
 
 /// The receiving half of a link. A wait that ends early, at a deadline or by a cancel, loses nothing: the next call
 /// goes on in the middle of the frame.
@@ -136,6 +138,9 @@ impl FrameReader {
             // Three bytes are enough to tell, and a TLS alert has only seven.
             if crate::link::is_tls(&bytes[..filled]) {
                 return Err(self.failed(TlsError::TlsPeer.into(), doing));
+            }
+            if filled >= TELLING_BYTES && !Preface::may_begin(&bytes[..filled]) {
+                return Err(self.damaged(Damage::NotAStream));
             }
         }
         Ok(bytes)

@@ -49,7 +49,8 @@ fn a_client_that_is_not_a_source_is_named_and_does_not_end_the_wait() {
     let address = receiver.after("listening on tcp:");
     for (words, part) in [
         (&b""[..], "the link to"),
-        (&b"LIMO"[..], "the link to"),
+        (&b"\x89LMS"[..], "the link to"),
+        (&b"LIMO"[..], "not a Limosa stream"),
         (&b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n"[..], "not a Limosa stream"),
         (&[0; 100_000][..], "not a Limosa stream"),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "it speaks TLS"),

@@ -125,6 +125,16 @@ fn a_client_that_is_silent_for_too_long_is_told_why_and_closed() {
 }
 
 #[test]
+fn a_client_whose_first_bytes_begin_no_stream_was_waited_for_until_the_end_of_the_silence() {
+    let acceptor = listening(SILENCE);
+    for words in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"SSH-2.0-OpenSSH_9.6\r\n", b"\x89LMSB"] {
+        let mut client = says(&acceptor, words);
+        let why = refusal(&mut client);
+        assert!(why.contains("not a Limosa stream"), "{why}");
+    }
+}
+
+#[test]
 fn keep_alives_held_a_receiver_for_as_long_as_an_answer_may_take() {
     let acceptor = listening(Duration::from_millis(50));
     let mut peer = Peer::new(SocketLink::new(connected(&acceptor), "the acceptor"));
