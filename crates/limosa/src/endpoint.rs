@@ -2,6 +2,7 @@
 
 use limosa_client::DeviceExt;
 use limosa_migrate::MovedDevice;
+use limosa_stream::{DEVICES_MAX, MEMORY_REGIONS_MAX};
 
 use crate::args::{Memory, Stopping};
 use crate::exit::{self, Code};
@@ -22,6 +23,7 @@ impl Endpoint {
         memory: &[Memory],
         stopping: &Stopping,
     ) -> anyhow::Result<Endpoint> {
+        check_count(names, memory)?;
         if !memory.is_empty() && !stopping.stops_the_guest() && !stopping.guest_stopped {
             let what = "--memory: what the guest writes while the rest of it is moved would be lost; expected --stop-with \
                         PID or --on-stop COMMAND, which stop the guest, or --guest-stopped if it stands still already";
@@ -32,6 +34,7 @@ impl Endpoint {
 
     /// Opens everything that is moved to.
     pub fn destination(opening: Opening<'_>, names: &[&str], memory: &[Memory]) -> anyhow::Result<Endpoint> {
+        check_count(names, memory)?;
         Ok(Endpoint {
             devices: open_all(opening, names)?,
             memory: memory::open(memory, OpenMemory::destination)?,
@@ -76,6 +79,18 @@ impl Endpoint {
             [] => "the guest's memory".into(),
             devices => devices.iter().map(Opened::given).collect::<Vec<_>>().join(", "),
         }
+    }
+}
+
+/// Refuses more than a stream can describe, before anything is opened (`docs/stream.md: Limits`).
+fn check_count(names: &[&str], memory: &[Memory]) -> anyhow::Result<()> {
+    let too_many = |count: usize, what: &str, most: usize| {
+        Err(exit::error(Code::Usage, format!("{count} {what} in one move; expected {most} at most")))
+    };
+    match (names.len(), memory.len()) {
+        (devices, _) if devices > DEVICES_MAX => too_many(devices, "devices", DEVICES_MAX),
+        (_, parts) if parts > MEMORY_REGIONS_MAX => too_many(parts, "parts of memory", MEMORY_REGIONS_MAX),
+        _ => Ok(()),
     }
 }
 

@@ -205,3 +205,21 @@ fn an_interrupt_brings_all_of_them_back() {
     moving.end().fails(7, &["the source is as it was before"]);
     assert!(from[0].runs(1) && from[1].state() == State::Running && to[0].runs(0));
 }
+
+#[test]
+fn too_many_devices_were_all_opened_before_that_was_said() {
+    let names: Vec<String> = (0..65).map(|number| format!("/nowhere/{number}")).collect();
+    let more: Vec<&str> = names[1..].iter().flat_map(|name| ["--device", name]).collect();
+    for command in [
+        &["send", &names[0], "--to", "unix:/nowhere/link"][..],
+        &["receive", &names[0], "--listen", "unix:/nowhere/link"],
+        &["save", &names[0], "/nowhere/file"],
+        &["load", "/nowhere/file", &names[0]],
+    ] {
+        limosa(&[command, &more].concat()).fails(2, &["65 devices in one move; expected 64 at most"]);
+    }
+    let parts: Vec<String> = (0..257).map(|part| format!("/nowhere/file@{part}M,size=4096")).collect();
+    let parts: Vec<&str> = parts.iter().flat_map(|part| ["--memory", part]).collect();
+    let receive = [&["receive", "--listen", "unix:/nowhere/link"], &parts[..]].concat();
+    limosa(&receive).fails(2, &["257 parts of memory in one move; expected 256 at most"]);
+}
