@@ -21,6 +21,8 @@ use crate::standard_error;
 const CALL_OFF: [i32; 5] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXCPU];
 /// These would end the process by default, and mean nothing to a move. The standard library ignores SIGPIPE.
 const IGNORED: [i32; 7] = [SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGXFSZ];
+/// The real-time signals, but for those that the C library uses itself (`signal.7`). By default each would end the process.
+const REAL_TIME: std::ops::RangeInclusive<i32> = if cfg!(target_env = "musl") { 35..=64 } else { 34..=64 };
 /// These suspend the process, and would prolong a guest's standstill.
 const SUSPEND: [i32; 3] = [SIGTSTP, SIGTTIN, SIGTTOU];
 
@@ -167,6 +169,7 @@ fn at_each(mut act: impl FnMut(i32) + Send + 'static) -> anyhow::Result<()> {
     // The lists of the crate lack it.
     let more = [Signal::POWER, Signal::STKFLT].map(Signal::as_raw);
     let mut signals = [&CALL_OFF[..], &IGNORED, &SUSPEND, &more].concat();
+    signals.extend(REAL_TIME);
     signals.retain(|signal| *signal != SIGHUP || !is_ignored(SIGHUP));
     handle(signals, move |signal| {
         let name = signal_name(signal).unwrap_or("a signal");

@@ -129,6 +129,11 @@ fn signals_that_mean_nothing_to_a_move_ended_it() {
         scene.sender().signal(signal);
     }
     scene.sender().line("SIGTTOU is ignored");
+    for real_time in ["-34", "-49", "-64"] {
+        let sent = std::process::Command::new("kill").args([real_time, &scene.sender().pid()]).status();
+        assert!(sent.unwrap().success());
+        scene.sender().line("a signal is ignored");
+    }
     scene.release();
     scene.sender.take().unwrap().end().ok();
     scene.receiver.take().unwrap().end().ok();
