@@ -53,7 +53,7 @@ pub struct SocketPath {
 /// group.
 ///
 /// `AddrInUse` when a server listens there, `AlreadyExists` when something is there that is not a socket, `InvalidInput` for
-/// a mode that cannot be; else the system's errors. The socket of a server that is gone is replaced.
+/// a mode that cannot be, `Unsupported` without `/proc`; else the system's errors. The socket of a server that is gone is replaced.
 pub fn listen(path: &Path, access: &SocketAccess) -> io::Result<(SocketPath, UnixListener)> {
     if access.mode & !0o777 != 0 || access.mode & 0o600 != 0o600 {
         let what = format!(
@@ -95,7 +95,14 @@ fn give(socket: &OwnedFd, group: Option<Group>, mode: u32) -> io::Result<()> {
     }
     // By the descriptor, so that no other file is meant whose name this may be by now.
     let itself = format!("/proc/self/fd/{}", socket.as_raw_fd());
-    fs::set_permissions(itself, fs::Permissions::from_mode(mode))
+    fs::set_permissions(&itself, fs::Permissions::from_mode(mode)).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => {
+            let what =
+                format!("the socket cannot be given its mode: {itself}: {error}; /proc is not mounted here");
+            Error::new(ErrorKind::Unsupported, what)
+        }
+        _ => error,
+    })
 }
 
 /// Whether this process may give the socket at a path these: `PermissionDenied` says why not; else the system's errors.

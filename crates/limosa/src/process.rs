@@ -133,7 +133,10 @@ impl Process {
     /// Whether every one of its threads is stopped or gone (`proc_pid_stat.5`: state).
     pub fn is_stopped(&self) -> Result<bool, String> {
         let folder = PathBuf::from(format!("/proc/{}/task", self.pid));
-        let gone = |error: io::Error| format!("--stop-with {}: {error}; has it ended?", self.pid);
+        let gone = |error: io::Error| match hint_of_proc() {
+            "" => format!("--stop-with {}: {error}; has it ended?", self.pid),
+            hint => format!("--stop-with {}: {error}{hint}", self.pid),
+        };
         for thread in std::fs::read_dir(folder).map_err(gone)? {
             // It may have ended since.
             let Some(fields) = fields(&thread.map_err(gone)?.path().join("stat")) else { continue };
@@ -202,9 +205,21 @@ fn has_variable(environment: &Path, variable: &str) -> bool {
     read.is_ok() && all.split(|byte| *byte == 0).any(|found| found == variable.as_bytes())
 }
 
+/// The end of a message about a file in `/proc`, if there is none.
+fn hint_of_proc() -> &'static str {
+    match Path::new("/proc/self").exists() {
+        true => "",
+        false => "; /proc is not mounted here, mount it",
+    }
+}
+
 /// The kernel's id of this boot.
 pub fn boot_id() -> io::Result<String> {
-    Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+    let path = "/proc/sys/kernel/random/boot_id";
+    let read = std::fs::read_to_string(path);
+    let id =
+        read.map_err(|error| io::Error::new(error.kind(), format!("{path}: {error}{}", hint_of_proc())))?;
+    Ok(id.trim().to_owned())
 }
 
 /// An error when the process is gone.

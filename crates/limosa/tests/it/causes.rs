@@ -128,6 +128,30 @@ fn a_file_system_that_is_read_only_had_another_code_with_each_command() {
 }
 
 #[test]
+fn a_machine_without_proc_was_said_to_lack_something_else() {
+    let folder = Folder::new();
+    let device = folder.device("device", &[]);
+    let (socket, file, memory) = (folder.text("socket"), folder.text("file"), folder.text("memory"));
+    std::fs::write(&memory, [0; 4096]).unwrap();
+    let memory = format!("{memory}@0");
+    for args in [
+        &["save", "--memory", &memory, "--stop-with", "1", &file][..],
+        &["save", "--stop", &device.socket, &file],
+        &["serve", "uart", "--socket", &socket],
+        &["doctor"],
+    ] {
+        // An empty file system in its place.
+        let Some(ended) = on_a_disk("size=64k", std::path::Path::new("/proc"), "exec \"$@\"", args) else {
+            return;
+        };
+        ended.fails(UNREACHABLE, &["/proc"]);
+        let other = ["make its folder", "--root", "has it ended"].iter().any(|part| ended.err.contains(part));
+        assert!(!other && ended.err.contains("mount"), "{ended:?}");
+    }
+    assert!(!folder.path("socket").exists() && !folder.path("file").exists());
+}
+
+#[test]
 fn a_folder_that_may_not_be_entered_was_said_to_lack_the_socket() {
     if !can_be_another("a_folder_that_may_not_be_entered") {
         return;

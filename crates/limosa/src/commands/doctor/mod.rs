@@ -80,6 +80,10 @@ fn refuse_root(root: &Path) -> anyhow::Result<()> {
         Ok(true) => (Code::Usage, "its folder proc is empty".into()),
         Err(error) => (exit::of_file(&error), format!("its folder proc cannot be read: {error}")),
     };
+    if root == Path::new("/") {
+        let what = format!("/proc of this machine: {}; mount it", why.replace("its folder proc", "it"));
+        return Err(exit::error(Code::Unreachable, what));
+    }
     let what = format!("--root {}: {why}; expected the root of a machine that runs", root.display());
     Err(exit::error(code, what))
 }

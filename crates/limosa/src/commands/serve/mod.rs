@@ -245,6 +245,7 @@ fn cannot_listen(socket: &Path, error: &std::io::Error) -> anyhow::Error {
         // A file or a link.
         (ErrorKind::AlreadyExists, _) => (Code::Refused, "choose another path, or remove it"),
         (ErrorKind::NotFound, _) => (Code::Unreachable, "make its folder first"),
+        (ErrorKind::Unsupported, _) => (Code::Unreachable, "mount /proc"),
         (ErrorKind::PermissionDenied, _) => (Code::Unreachable, "choose a folder that you may write to"),
         _ => (Code::Unreachable, "choose another path"),
     };
