@@ -106,14 +106,21 @@ pub fn wrapped(text: &str, columns: usize) -> Vec<String> {
 }
 
 /// Lines of at most this many columns. A longer line is continued below its value, which stands behind two spaces or more, or
-/// else below its text. A picture of bars is cut.
+/// else below its text. A picture of bars is cut, and columns of the table before it that do not fit are left out.
 pub fn folded(text: &str, columns: usize) -> String {
     let mut out = String::with_capacity(text.len());
-    for line in text.lines() {
+    let mut lines = text.lines().peekable();
+    let mut table_columns = None;
+    while let Some(line) = lines.next() {
+        let is_head = !is_row(line) && lines.peek().is_some_and(|next| is_row(next));
+        if is_head {
+            table_columns = Some(fitting_columns(line, columns));
+        }
         if line.chars().count() <= columns {
             out += line;
-        } else if line.contains('█') {
-            let cut: String = line.chars().take(columns).collect();
+        } else if is_head || is_row(line) {
+            let cut = table_columns.unwrap_or(columns);
+            let cut: String = line.chars().take(cut).collect();
             out += cut.trim_end();
         } else {
             let at = value_of(line).filter(|at| *at <= columns / 2);
@@ -131,6 +138,29 @@ pub fn folded(text: &str, columns: usize) -> String {
         out.push('\n');
     }
     out
+}
+
+/// Whether a line is the row of a table, with a picture at its end.
+fn is_row(line: &str) -> bool {
+    line.contains('█')
+}
+
+/// The part of a line that shows whole columns of a table, in characters: all that fits, or else as many columns as fit. Their values end
+/// where the words of the table's head end, and the first is shown in any case.
+fn fitting_columns(head: &str, columns: usize) -> usize {
+    if head.chars().count() <= columns {
+        return columns;
+    }
+    let mut ends = Vec::new();
+    let mut at = 0;
+    for word in head.split(' ') {
+        at += word.chars().count();
+        if !word.is_empty() {
+            ends.push(at);
+        }
+        at += 1;
+    }
+    ends.into_iter().skip(1).rfind(|end| *end <= columns).unwrap_or(columns)
 }
 
 /// Where the value of a line begins: behind a name and two spaces or more.
@@ -194,6 +224,28 @@ mod tests {
         assert_eq!(text, "  name   a bb ccc\n         dddd\nshort\n  to do: aaaa\n    bbbb cccc dddd\n");
         assert_eq!(folded("handshake 1 ms      █████\n", 22), "handshake 1 ms      ██\n");
         assert_eq!(folded("handshake 1 ms      █████\n", 20), "handshake 1 ms\n");
+    }
+
+    #[test]
+    fn values_of_a_table_were_cut_in_a_narrow_terminal() {
+        let text = "phase             at      took    devices     memory\n\
+                    handshake     0.0 us    400 us        0 B   64.0 MiB  ███\n\
+                    pre-copy      400 us   12.0 ms    1.0 MiB   64.0 MiB     ██████\n\
+                    total 12.4 ms\n";
+        let rows = |columns| folded(text, columns).lines().map(str::to_owned).collect::<Vec<_>>();
+        assert!(rows(58)[2].ends_with("64.0 MiB     █") && rows(52)[1].ends_with("64.0 MiB"));
+        assert_eq!(
+            rows(51)[..3],
+            [
+                "phase             at      took    devices",
+                "handshake     0.0 us    400 us        0 B",
+                "pre-copy      400 us   12.0 ms    1.0 MiB"
+            ]
+        );
+        assert_eq!(
+            rows(40)[1..],
+            ["handshake     0.0 us    400 us", "pre-copy      400 us   12.0 ms", "total 12.4 ms"]
+        );
     }
 
     #[test]
