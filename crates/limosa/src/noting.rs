@@ -10,8 +10,8 @@ use limosa_stream::MigrationId;
 use serde::Serialize;
 
 use crate::endpoint::Endpoint;
-use crate::loaded::Load;
 use crate::exit::Code;
+use crate::loaded::Load;
 use crate::moved::Moved;
 use crate::moves::{DOUBT, Doubt, Halted, Known, Moves, STOP, Stop, failed, hint};
 use crate::open;
@@ -85,10 +85,11 @@ impl Noting {
     /// Checks that there is room for the notes of this move, before anything is stopped: for that of the stop, and that of the
     /// commit, which replaces it.
     pub fn check_room(&self, processes: usize, on_stop: Option<&str>) -> anyhow::Result<()> {
-        let target = match &self.target {
-            Target::Address { address: to, .. } | Target::Snapshot(to) | Target::Here(to) => to,
+        let (target, load) = match &self.target {
+            Target::Address { address: to, .. } | Target::Snapshot(to) => (to, None),
+            Target::Here { to, load } => (to, load.as_ref()),
         };
-        let text = serde_json::to_vec(&(&self.halted, target, on_stop))?;
+        let text = serde_json::to_vec(&(&self.halted, target, load, on_stop))?;
         let bytes = text.len() + processes * PROCESS_BYTES + MORE_BYTES;
         self.folder.check_room(2, bytes).map_err(|error| failed(Code::Unreachable, &error))
     }

@@ -31,9 +31,6 @@ pub fn hint(error: &io::Error) -> &'static str {
     }
 }
 
-/// The room that is needed for a record of a received move, in bytes: one block of most file systems.
-const RECORD_BYTES: usize = 4096;
-
 /// The folder, which may not exist.
 #[derive(Clone, Debug)]
 pub struct Moves(PathBuf);
@@ -85,16 +82,11 @@ impl Moves {
         PrivateFolder::create(&self.0).map_err(|error| failed(Code::Unreachable, &error))
     }
 
-    /// The ledger of a destination's moves.
+    /// The ledger of a destination's moves, in which there is room for one.
     pub fn ledger(&self) -> anyhow::Result<Ledger> {
-        self.check_room()?;
-        Ledger::open(&self.0).map_err(|error| failed(Code::Unreachable, &error))
-    }
-
-    /// Checks that a received move can be recorded: without a record it is not committed, which is found only when its guest
-    /// is stopped already.
-    pub fn check_room(&self) -> anyhow::Result<()> {
-        self.open()?.check_room(1, RECORD_BYTES).map_err(|error| failed(Code::Unreachable, &error))
+        let opened = Ledger::open(&self.0);
+        let ledger = opened.and_then(|ledger| ledger.check_room().map(|()| ledger));
+        ledger.map_err(|error| failed(Code::Unreachable, &error))
     }
 
     /// The ledger of a destination's moves, to answer from it.

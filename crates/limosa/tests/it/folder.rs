@@ -150,3 +150,20 @@ fn a_full_folder_of_moves_was_found_when_the_guest_was_stopped_already() {
     }
     assert!(!folder.path("file").exists());
 }
+
+#[test]
+fn a_receiver_that_could_not_record_a_move_said_so_when_the_guest_was_stopped_already() {
+    let folder = Folder::new();
+    let (source, destination) = (folder.device("source", &[]), folder.device("destination", &[]));
+    source.mark(GUEST);
+    let (listen, there) = (format!("unix:{}", folder.text("link")), folder.text("there"));
+    let receiver = start(&["receive", &destination.socket, "--listen", &listen, "--moves", &there]);
+    receiver.line("listening on");
+    std::fs::remove_dir_all(&there).unwrap();
+    let was_stopped = folder.path("was-stopped");
+    let stop = format!("touch {}", was_stopped.display());
+    let sent = limosa(&["send", &source.socket, "--to", &listen, "--on-stop", &stop]);
+    sent.fails(REFUSED, &["cannot be recorded", &there]);
+    receiver.end().fails(UNREACHABLE, &["cannot be recorded", &there, "--moves"]);
+    assert!(!was_stopped.exists() && source.runs(GUEST) && destination.runs(0));
+}

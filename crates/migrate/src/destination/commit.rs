@@ -155,7 +155,7 @@ fn tell(connection: &Connection<'_>, proofs: &Proofs) -> Result<()> {
     proofs.check(Kind::DONE, &payload).map(drop).map_err(|damage| connection.damaged(damage))
 }
 
-fn not_recorded(error: std::io::Error) -> Error {
+pub(super) fn not_recorded(error: std::io::Error) -> Error {
     let error = Error::NotRecorded { error };
     tracing::error!("{error}");
     error

@@ -6,6 +6,7 @@ use limosa_stream::body::NEEDS_CREDIT;
 use limosa_stream::{Answer, Damage, DeviceFacts, Kind, MigrationId, Nonce, Offer, PrefaceFlags, Proofs};
 
 use super::Destination;
+use super::commit::not_recorded;
 use super::opening::{self, Opening, Request, Unopened};
 use super::receiving::Receiving;
 use crate::context::Context;
@@ -86,6 +87,7 @@ impl<'a> Destination<'a> {
         tracing::debug!(devices = offer.devices.len(), "offer");
         let accepted = trust(connection.link(), offer, self.options.unauthenticated_peers)
             .and_then(|()| self.compare(offer))
+            .and_then(|found| self.ledger.check_room().map(|()| found).map_err(not_recorded))
             .and_then(|found| receiving.open_sessions(self.devices, found));
         let most = if further.is_some() { self.options.links.get() } else { 1 };
         // Without credit nothing would bound the data that arrives over one link before earlier data of another.

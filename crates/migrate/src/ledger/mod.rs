@@ -16,6 +16,9 @@ use crate::{PrivateFolder, Result};
 /// How many moves are remembered at most. The oldest decided ones are forgotten first.
 const MOVES_MAX: usize = 1024;
 
+/// The room for one more record, in bytes: a block of most file systems.
+const RECORD_ROOM_BYTES: usize = 4096;
+
 /// How a move ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
@@ -94,6 +97,12 @@ impl Ledger {
         let folder = PrivateFolder::create(folder)?;
         record::prune(&folder, MOVES_MAX)?;
         Ok(Ledger { moves: Mutex::default(), folder: Some(Arc::new(folder)) })
+    }
+
+    /// Checks that one more move can be recorded. A destination checks this before it accepts a move, since a move that cannot
+    /// be recorded is not committed.
+    pub fn check_room(&self) -> io::Result<()> {
+        self.folder.as_ref().map_or(Ok(()), |folder| folder.check_room(1, RECORD_ROOM_BYTES))
     }
 
     /// Whether the folder has no record of any move, so that nothing can be answered from it yet. A ledger in memory has no

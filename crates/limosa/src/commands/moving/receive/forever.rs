@@ -69,7 +69,6 @@ pub fn receive(args: &args::Receive, opening: Opening<'_>, out: &Output) -> anyh
             let unusable = |error| (NoMove::InUse, error);
             let endpoint = guests.endpoint(args, opening).map_err(unusable)?;
             guests.check_free(&endpoint).map_err(|error| (NoMove::HasGuest, error))?;
-            moves.check_room().map_err(unusable)?;
             let pages = endpoint.destination_pages().map_err(unusable)?;
             let before = guests.hold(endpoint.devices()).map_err(unusable)?;
             Ok((endpoint, pages, before))
