@@ -1,7 +1,6 @@
 //! Standard error that blocks who writes to it: a terminal that is held by Ctrl-S, a pipe that nobody reads. Signals that come twice.
 
 use std::fs::File;
-use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
@@ -12,21 +11,21 @@ use limosa_testing::Terminal;
 use limosa_vfio_user::client::{Client, Options};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 /// Fills what is written to here, so that the next write blocks.
-fn filled(mut end: File) -> File {
+fn filled(end: File) -> File {
     let flags = fcntl_getfl(&end).unwrap();
     fcntl_setfl(&end, flags | OFlags::NONBLOCK).unwrap();
     // A terminal takes less than a whole buffer in the end.
     for bytes in [4096, 1] {
         let full = loop {
-            match end.write(&vec![b'.'; bytes]) {
-                Ok(_) => {}
-                Err(error) => break error,
+            if let Err(errno) = rustix::io::write(&end, &vec![b'.'; bytes]) {
+                break errno;
             }
         };
-        assert_eq!(full.kind(), ErrorKind::WouldBlock);
+        assert_eq!(full, Errno::AGAIN);
     }
     fcntl_setfl(&end, flags).unwrap();
     end
