@@ -14,7 +14,7 @@ use crate::{Named, open_to_read, resolve};
 ///
 /// `InvalidInput` for a file of another kind; the error names the kind, followed by `expected`.
 pub fn open_regular(path: &Path, expected: &str) -> io::Result<File> {
-    let entry = match resolve(path)? {
+    let entry = match named(path, expected)? {
         Named::Descriptor(_) => return open_to_read(path, OFlags::empty()),
         Named::Entry(entry) => entry,
     };
@@ -27,16 +27,28 @@ pub fn open_regular(path: &Path, expected: &str) -> io::Result<File> {
 
 /// Refuses a path at which [`open_regular`] would find a file of another kind. Nothing is opened.
 pub fn check_regular(path: &Path, expected: &str) -> io::Result<()> {
-    match resolve(path)? {
+    match named(path, expected)? {
         Named::Descriptor(_) => Ok(()),
         Named::Entry(entry) => check(&entry.stat()?, expected),
     }
 }
 
+/// `.`, `..` and `/` are folders, and fail as any other folder.
+fn named(path: &Path, expected: &str) -> io::Result<Named> {
+    match path.file_name().is_none() && !path.as_os_str().is_empty() {
+        true => Err(refused("a folder", expected)),
+        false => resolve(path),
+    }
+}
+
+fn refused(kind: &str, expected: &str) -> io::Error {
+    io::Error::new(ErrorKind::InvalidInput, format!("it is {kind}; {expected}"))
+}
+
 fn check(stat: &Stat, expected: &str) -> io::Result<()> {
     match other_than_file(stat) {
         None => Ok(()),
-        Some(kind) => Err(io::Error::new(ErrorKind::InvalidInput, format!("it is {kind}; {expected}"))),
+        Some(kind) => Err(refused(kind, expected)),
     }
 }
 
@@ -76,6 +88,8 @@ mod tests {
             (at("link"), "a FIFO"),
             (at("socket"), "a socket"),
             (at("."), "a folder"),
+            ("..".into(), "a folder"),
+            ("/".into(), "a folder"),
             ("/dev/null".into(), "a device node"),
         ] {
             let opened = open_regular(&path, "expected text").map(drop);

@@ -102,7 +102,7 @@ fn a_folder_that_was_read_had_another_code_by_another_name() {
     let device = folder.device("device", &[]);
     for name in [&folder.text(""), ".", "..", "/", "/dev/.."] {
         for args in [&["inspect", name][..], &["verify", name], &["load", name, &device.socket]] {
-            limosa(args).fails(UNREACHABLE, &["Is a directory"]);
+            limosa(args).fails(UNREACHABLE, &["it is a folder; expected"]);
         }
     }
 }

@@ -27,6 +27,7 @@ mod memory;
 mod metrics;
 mod named_once;
 mod names;
+mod oldest_rust;
 mod permissions;
 mod region;
 mod reports;
