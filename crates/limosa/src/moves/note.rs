@@ -6,7 +6,6 @@ use limosa_migrate::link::Fingerprint;
 use limosa_migrate::{CommitNote, Secret};
 use limosa_protocol::State;
 use limosa_stream::MigrationId;
-use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use crate::loaded::Load;
@@ -81,9 +80,9 @@ pub struct Halted {
     pub known: Vec<Known>,
     /// When this was noted, in seconds since 1970.
     pub since: u64,
-    /// The same in ns since the boot: a clock that neither repeats a value nor is set back. Older versions do not note it.
+    /// The same in nanoseconds. Older versions do not note it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub since_boot_ns: Option<u64>,
+    pub since_ns: Option<u64>,
     /// The boot in which it was noted: after a reboot, nothing of it is left.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<String>,
@@ -126,26 +125,25 @@ impl Halted {
     /// Of these devices, not noted yet.
     pub fn of(devices: Vec<String>, known: Vec<Known>, boot: Option<String>) -> Halted {
         let (stopped, on_stop) = (Vec::new(), None);
-        Halted { devices, known, since: 0, since_boot_ns: None, boot, stopped, on_stop }
+        Halted { devices, known, since: 0, since_ns: None, boot, stopped, on_stop }
     }
 
     /// The same, noted now.
     pub fn now(self) -> Halted {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let up = clock_gettime(ClockId::Boottime);
-        let since_boot_ns = (up.tv_sec as u64).checked_mul(1_000_000_000).map(|ns| ns + up.tv_nsec as u64);
-        Halted { since, since_boot_ns, ..self }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let (since, since_ns) = (now.as_secs(), u64::try_from(now.as_nanos()).ok());
+        Halted { since, since_ns, ..self }
     }
 
     /// The key by which notes are sorted, the oldest first.
     pub fn age(&self) -> impl Ord + use<> {
-        (self.since, self.since_boot_ns)
+        (self.since, self.since_ns)
     }
 
     /// Whether this was noted before the other. `false` for notes of one second if an older version wrote one of them.
     pub fn is_before(&self, other: &Halted) -> bool {
-        match (self.since_boot_ns, other.since_boot_ns) {
-            (Some(this), Some(that)) if self.boot.is_some() && self.boot == other.boot => this < that,
+        match (self.since_ns, other.since_ns) {
+            (Some(this), Some(that)) => this < that,
             _ => self.since < other.since,
         }
     }
