@@ -72,8 +72,6 @@ pub(super) struct State {
     pub(super) slot: Slot,
     /// Whether a further move may come after one that has committed.
     takes_further: bool,
-    /// The move that comes after the one under way, which has committed.
-    next: Option<(HeardLink, MigrationId)>,
     pub(super) answered: VecDeque<(MigrationId, Decision)>,
     /// Connections whose kind is not known yet, and those that are being refused, oldest first.
     pub(super) pending: VecDeque<Pending>,
@@ -94,6 +92,8 @@ pub(super) enum Slot {
     Taken {
         id: MigrationId,
         further: Vec<HeardLink>,
+        /// The move that was offered after this one had committed.
+        next: Option<(HeardLink, MigrationId)>,
     },
     /// No move is taken any more.
     Closed(NoMove),
@@ -103,7 +103,7 @@ impl Slot {
     /// Takes the move that was offered, if there is one. From then on it is under way.
     pub(super) fn take_offer(&mut self) -> Option<(HeardLink, MigrationId)> {
         let Slot::Waiting { id, .. } = *self else { return None };
-        match std::mem::replace(self, Slot::Taken { id, further: Vec::new() }) {
+        match std::mem::replace(self, Slot::Taken { id, further: Vec::new(), next: None }) {
             Slot::Waiting { link, id } => Some((link, id)),
             _ => None,
         }
@@ -121,7 +121,6 @@ impl Shared {
         let state = State {
             slot,
             takes_further: false,
-            next: None,
             answered: VecDeque::new(),
             pending: VecDeque::new(),
             next_number: 0,
@@ -173,23 +172,20 @@ impl Shared {
         id: MigrationId,
     ) -> Result<(), (HeardLink, NoMove)> {
         let mut state = self.state();
-        let is_next = match state.slot {
-            Slot::Free => false,
-            // Its source knows that it has ended, and so may whoever sends next.
-            Slot::Taken { id: before, .. }
-                if state.takes_further && state.next.is_none() && self.ledger.has_committed(before) =>
-            {
-                true
-            }
+        match state.slot {
+            Slot::Free => {}
+            // Its source knows that it has ended, and the next sender may have waited for that.
+            Slot::Taken { id: before, next: None, .. }
+                if state.takes_further && self.ledger.has_committed(before) => {}
             Slot::Waiting { .. } | Slot::Taken { .. } => return Err((link, NoMove::Busy)),
             Slot::Closed(why) => return Err((link, why)),
-        };
+        }
         // Otherwise it was closed to make room for another one.
         if forget(&mut state.pending, number) {
             link.replay();
-            match is_next {
-                true => state.next = Some((link, id)),
-                false => state.slot = Slot::Waiting { link, id },
+            match &mut state.slot {
+                Slot::Taken { next, .. } => *next = Some((link, id)),
+                slot => *slot = Slot::Waiting { link, id },
             }
             drop(state);
             self.news.wake();
@@ -202,7 +198,7 @@ impl Shared {
         let mut state = self.state();
         let State { slot, pending, .. } = &mut *state;
         match slot {
-            Slot::Taken { id: under_way, further }
+            Slot::Taken { id: under_way, further, .. }
                 if *under_way == id && further.len() < LINKS_MAX as usize =>
             {
                 // Otherwise it was closed to make room for another one.
@@ -255,7 +251,7 @@ impl Shared {
         let mut state = self.state();
         let before = match state.slot {
             Slot::Closed(_) => return,
-            _ => (std::mem::replace(&mut state.slot, Slot::Closed(why)), state.next.take()),
+            _ => std::mem::replace(&mut state.slot, Slot::Closed(why)),
         };
         drop(state);
         // Links are closed outside the lock.
@@ -269,10 +265,8 @@ impl Shared {
             drop(state);
             return self.close(NoMove::Committed);
         }
-        if !matches!(state.slot, Slot::Taken { .. }) {
-            return;
-        }
-        let after = state.next.take().map_or(Slot::Free, |(link, id)| Slot::Waiting { link, id });
+        let Slot::Taken { next, .. } = &mut state.slot else { return };
+        let after = next.take().map_or(Slot::Free, |(link, id)| Slot::Waiting { link, id });
         let before = std::mem::replace(&mut state.slot, after);
         drop(state);
         self.news.wake();
