@@ -1,10 +1,13 @@
 //! [`Sending`]: the state that the threads of a source share while devices and memory are on their way.
 
+mod answers;
+mod device_data;
+
 use std::time::{Duration, Instant};
 
 use limosa_clockwork::now;
 use limosa_guest_memory::SendPart;
-use limosa_stream::{Damage, Header, Kind, Proofs};
+use limosa_stream::{Kind, Proofs};
 
 use super::device_flow::{DeviceFlow, Job};
 use super::device_workers::DeviceWorkers;
@@ -20,7 +23,7 @@ use crate::protocol::limits::Limits;
 use crate::protocol::share::{LinkShare, PAUSE_MAX};
 use crate::protocol::stop_policy::DeviceLook;
 use crate::report::Recorder;
-use crate::wire::{Connection, Frame, FrameWriter};
+use crate::wire::{Frame, FrameWriter};
 use crate::{Error, Options, Result};
 
 /// What the destination's ANSWER says about this stream.
@@ -218,84 +221,6 @@ impl<'w, 'a> Sending<'w, 'a> {
         self.share.notify_all();
     }
 
-    /// Waits until devices have not sent more than memory, or memory has nothing to send.
-    fn await_share(&self, bytes: usize) -> Result<()> {
-        loop {
-            let mut share = self.share.lock();
-            if share.is_free(now()) {
-                share.device(bytes);
-                return Ok(());
-            }
-            let until = now().checked_add(PAUSE_MAX);
-            self.team.wait(&self.share, share, until, |share| share.is_free(now())).map(drop)?;
-        }
-    }
-
-    /// Sends frames of a device over the first link, in one write, or queues them there if the link is busy.
-    pub(crate) fn post_all(&self, frames: &[Frame<'_>]) -> Result<()> {
-        match frames {
-            [] => Ok(()),
-            [first, others @ ..] => self.writers[0].post_all(&[], first, others, Some(self.team.ended())),
-        }
-    }
-
-    /// Sends a device's data over the least busy link, once the destination has room for it. The frames before and after it are
-    /// sent over the first link: in the same write, if the data is sent there as well.
-    pub(crate) fn send_device(
-        &self,
-        device: usize,
-        position: u64,
-        data: &[u8],
-        mut before: &[Frame<'_>],
-        after: &[Frame<'_>],
-    ) -> Result<()> {
-        let end = position + data.len() as u64;
-        let flow = &self.flows[device];
-        // In the stop all data has to be sent, in any order.
-        if flow.lock().streaming {
-            self.await_share(data.len())?;
-        }
-        let mut guard = flow.lock();
-        while !guard.window.has_room(end) {
-            if guard.window.ask() {
-                drop(guard);
-                self.post_all(std::mem::take(&mut before))?;
-                self.post(0, &Frame::of(device as u32, Kind::WINDOW_FULL, &[]))?;
-                guard = flow.lock();
-                continue;
-            }
-            // The limit applies to a destination that takes nothing at all.
-            let (taken, until) = (guard.window.taken(), self.until_loaded());
-            let moved;
-            let has_news = |flow: &DeviceFlow| flow.window.taken() > taken || flow.window.has_room(end);
-            (guard, moved) = self.team.wait(flow, guard, until, has_news)?;
-            if !moved {
-                return Err(self.timed_out("waiting for it to take a device's data"));
-            }
-        }
-        // Credit for this data may arrive before the call that sends it returns.
-        guard.window.send(end);
-        if self.terms.is_some() {
-            self.recorder().device_waits(device, guard.window.on_the_way());
-        }
-        drop(guard);
-        // Devices begin the search at different links, so that an idle link is found at once.
-        let links = self.writers.len();
-        let among = if data.len() < SMALL_BYTES { 1 } else { links };
-        let link = (0..among).map(|at| (at + device) % links).min_by_key(|at| self.writers[*at].busy());
-        let frame = Frame::of(device as u32, Kind::DEVICE_DATA, data).at(position);
-        match link.unwrap_or(0) {
-            0 => {
-                self.workers.send(|| self.writers[0].post_all(before, &frame, after, Some(self.team.ended())))
-            }
-            link => {
-                self.post_all(before)?;
-                self.workers.send(|| self.post(link, &frame))?;
-                self.post_all(after)
-            }
-        }
-    }
-
     /// Asks on every link whether everything that was sent over it is handled, and waits for the answers. Returns how long
     /// they took.
     pub(crate) fn flush(&self) -> Result<Duration> {
@@ -410,60 +335,5 @@ impl<'w, 'a> Sending<'w, 'a> {
 
     fn timed_out(&self, doing: &'static str) -> Error {
         Error::TimedOut { peer: self.writers[0].peer().into(), doing, limit: self.limits.load_max }
-    }
-
-    /// The body of the thread that listens to the destination until READY.
-    pub(crate) fn listen(&self, connection: &Connection<'_>) -> Result<()> {
-        let mut reader = connection.reader();
-        loop {
-            let header = reader.next(connection.link(), "listening to it", None, Some(self.team.ended()))?;
-            match self.hear(&header, reader.payload(&header)) {
-                Ok(true) => return Ok(()),
-                Ok(false) => {}
-                Err(damage) => return Err(reader.damaged(damage)),
-            }
-        }
-    }
-
-    /// Takes a frame of the destination. Returns whether it was the last one.
-    fn hear(&self, header: &Header, payload: &[u8]) -> Result<bool, Damage> {
-        let misplaced = |why: &str| Err(Damage::Misplaced { kind: header.kind, why: why.into() });
-        match header.kind {
-            Kind::PROGRESS => {}
-            Kind::FLUSHED => {
-                self.flushes.lock().answered(header.section, header.position)?;
-                self.flushes.notify_all();
-            }
-            Kind::CREDIT | Kind::WINDOW => match self.flows.get(header.section as usize) {
-                None => return misplaced("no such device was offered"),
-                Some(flow) => {
-                    let loaded = {
-                        let mut flow = flow.lock();
-                        let before = flow.initial_is_loaded();
-                        match header.kind {
-                            Kind::WINDOW => flow.window.grow(header.position)?,
-                            _ => flow.window.credit(header.position)?,
-                        }
-                        before != flow.initial_is_loaded()
-                    };
-                    flow.notify_all();
-                    if loaded {
-                        self.device_has_news();
-                    }
-                }
-            },
-            Kind::READY => {
-                let mut state = self.state.lock();
-                if !state.summed {
-                    return misplaced("the SUM is not sent yet");
-                }
-                self.proofs.check(Kind::READY, payload)?;
-                state.ready = true;
-                self.state.notify_all();
-                return Ok(true);
-            }
-            _ => return misplaced("nothing was asked for"),
-        }
-        Ok(false)
     }
 }
