@@ -67,11 +67,15 @@ pub fn resolve(path: &Path) -> io::Result<Named> {
     Err(Errno::LOOP.into())
 }
 
+/// Whether a path is `.`, `..` or `/`, or ends with one of the first two: a folder, which has no name in another.
+pub(crate) fn names_folder(path: &Path) -> bool {
+    path.file_name().is_none() && !path.as_os_str().is_empty()
+}
+
 /// Opens a file to read it. Links that users made are followed, a descriptor of a process is borrowed, and no other link of
 /// a process is followed. `more` are further flags.
 pub fn open_to_read(path: &Path, more: OFlags) -> io::Result<File> {
-    // `.`, `..` and `/` are folders, and fail as any other folder that is read.
-    if path.file_name().is_none() && !path.as_os_str().is_empty() {
+    if names_folder(path) {
         return Err(Errno::ISDIR.into());
     }
     match resolve(path)? {

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use rustix::fs::{FileType, OFlags, Stat, fstat};
 
+use crate::named::names_folder;
 use crate::{Named, open_to_read, resolve};
 
 /// Opens a regular file to read it, as [`open_to_read`] does. A descriptor of a process is borrowed whatever its kind is: the
@@ -33,9 +34,8 @@ pub fn check_regular(path: &Path, expected: &str) -> io::Result<()> {
     }
 }
 
-/// `.`, `..` and `/` are folders, and fail as any other folder.
 fn named(path: &Path, expected: &str) -> io::Result<Named> {
-    match path.file_name().is_none() && !path.as_os_str().is_empty() {
+    match names_folder(path) {
         true => Err(refused("a folder", expected)),
         false => resolve(path),
     }
@@ -46,15 +46,15 @@ fn refused(kind: &str, expected: &str) -> io::Error {
 }
 
 fn check(stat: &Stat, expected: &str) -> io::Result<()> {
-    match other_than_file(stat) {
+    match other_than_file(stat.st_mode) {
         None => Ok(()),
         Some(kind) => Err(refused(kind, expected)),
     }
 }
 
-/// The kind of a file, for messages; `None` for a regular one.
-pub fn other_than_file(stat: &Stat) -> Option<&'static str> {
-    Some(match FileType::from_raw_mode(stat.st_mode) {
+/// The kind of a file with this mode (`st_mode`), for messages; `None` for a regular one.
+pub fn other_than_file(mode: u32) -> Option<&'static str> {
+    Some(match FileType::from_raw_mode(mode) {
         FileType::RegularFile => return None,
         FileType::Directory => "a folder",
         FileType::Symlink => "a symbolic link",

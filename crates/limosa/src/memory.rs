@@ -243,7 +243,7 @@ fn is_denied(error: &io::Error) -> bool {
 
 /// Refuses a file that is not a regular one, or not the expected user's.
 fn check(named: &Memory, found: &rustix::fs::Stat) -> io::Result<()> {
-    if let Some(kind) = limosa_host::other_than_file(found) {
+    if let Some(kind) = limosa_host::other_than_file(found.st_mode) {
         let expected = "expected a regular file that the guest's memory is a mapping of";
         return Err(refusal(format!("it is {kind}; {expected}")));
     }

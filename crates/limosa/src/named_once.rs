@@ -3,9 +3,9 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Path, PathBuf, absolute};
 
-use crate::args::{Command, Link, Memory, Reporting};
+use crate::args::{Command, Link, Reporting};
 use crate::exit::{self, Code};
 
 /// A file and what names it.
@@ -15,64 +15,44 @@ struct Named<'a> {
 }
 
 impl Named<'_> {
-    /// Where it is, or is going to be, without links.
-    fn place(&self) -> Option<PathBuf> {
-        if let Ok(place) = fs::canonicalize(self.path) {
-            return Some(place);
-        }
-        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        Some(fs::canonicalize(folder.unwrap_or(Path::new("."))).ok()?.join(self.path.file_name()?))
-    }
-
     fn is_same_as(&self, other: &Named<'_>) -> bool {
         let inode = |named: &Named<'_>| fs::metadata(named.path).ok().map(|found| (found.dev(), found.ino()));
         let is_one = inode(self).is_some_and(|one| inode(other) == Some(one));
-        is_one || self.place().is_some_and(|one| other.place() == Some(one))
+        is_one || place(self.path) == place(other.path)
     }
+}
+
+/// Where a file of this path is, or is going to be: two paths of one place are one file, whatever links lead there.
+pub fn place(path: &Path) -> PathBuf {
+    // A link at the path itself may lead to a file that is yet to be made.
+    let target = fs::read_link(path).map(|target| path.parent().unwrap_or(Path::new("")).join(target));
+    let path = target.unwrap_or_else(|_| path.to_owned());
+    let absolute = absolute(&path).unwrap_or(path);
+    let folder = absolute.parent().and_then(|folder| folder.canonicalize().ok());
+    folder.zip(absolute.file_name()).map_or_else(|| absolute.clone(), |(folder, name)| folder.join(name))
 }
 
 /// Refuses a report in a file that the same command line names for something else.
 pub fn check(command: &Command) -> anyhow::Result<()> {
-    let mut others = Vec::new();
-    let reporting = match command {
-        Command::Save(args) => {
-            others.push(Named { what: "the snapshot", path: args.names.file() });
-            memory(&mut others, &args.memory.memory);
-            &args.reporting
-        }
-        Command::Load(args) => {
-            others.push(Named { what: "the snapshot", path: &args.file });
-            memory(&mut others, &args.memory.memory);
-            &args.reporting
-        }
-        Command::Migrate(args) => {
-            memory(&mut others, &args.memory.memory);
-            &args.reporting
-        }
-        Command::Send(args) => {
-            memory(&mut others, &args.memory.memory);
-            certificates(&mut others, &args.link);
-            &args.reporting
-        }
-        Command::Receive(args) => {
-            memory(&mut others, &args.memory.memory);
-            certificates(&mut others, &args.link);
-            &args.reporting
-        }
-        Command::Bench(args) => &args.reporting,
+    let (reporting, snapshot, memory, link) = match command {
+        Command::Save(args) => (&args.reporting, Some(args.names.file()), &args.memory.memory[..], None),
+        Command::Load(args) => (&args.reporting, Some(&*args.file), &args.memory.memory[..], None),
+        Command::Migrate(args) => (&args.reporting, None, &args.memory.memory[..], None),
+        Command::Send(args) => (&args.reporting, None, &args.memory.memory[..], Some(&args.link)),
+        Command::Receive(args) => (&args.reporting, None, &args.memory.memory[..], Some(&args.link)),
+        Command::Bench(args) => (&args.reporting, None, &[][..], None),
         _ => return Ok(()),
     };
+    let mut others: Vec<_> = snapshot.map(|path| Named { what: "the snapshot", path }).into_iter().collect();
+    others.extend(memory.iter().map(|named| Named { what: "--memory", path: &named.file }));
+    others.extend(link.into_iter().flat_map(certificates));
     check_reports(reporting, others)
 }
 
-fn memory<'a>(others: &mut Vec<Named<'a>>, memory: &'a [Memory]) {
-    others.extend(memory.iter().map(|named| Named { what: "--memory", path: &named.file }));
-}
-
-fn certificates<'a>(others: &mut Vec<Named<'a>>, link: &'a Link) {
+fn certificates(link: &Link) -> impl Iterator<Item = Named<'_>> {
     let tls = &link.tls;
     let files = [("--tls-ca", &tls.tls_ca), ("--tls-cert", &tls.tls_cert), ("--tls-key", &tls.tls_key)];
-    others.extend(files.into_iter().filter_map(|(what, path)| Some(Named { what, path: path.as_ref()? })));
+    files.into_iter().filter_map(|(what, path)| Some(Named { what, path: path.as_ref()? }))
 }
 
 fn check_reports<'a>(reporting: &'a Reporting, mut others: Vec<Named<'a>>) -> anyhow::Result<()> {

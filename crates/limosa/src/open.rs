@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use limosa_client::{Device, Error};
-use limosa_host::{Descriptor, User};
+use limosa_host::{Descriptor, User, other_than_file};
 use limosa_protocol::Errno;
 use limosa_vfio_kernel::{Door, KernelDevice, Listed, Name};
 use limosa_vfio_user::client::{Client, Options, Role};
@@ -242,13 +242,10 @@ pub const SOCKET: &str = "a socket";
 
 /// The kind of file, for messages.
 pub fn kind(found: &std::fs::Metadata) -> &'static str {
-    match found.file_type() {
-        kind if kind.is_dir() => "a folder",
-        kind if kind.is_fifo() => "a FIFO",
-        kind if kind.is_char_device() || kind.is_block_device() => "a device node",
-        kind if kind.is_socket() => SOCKET,
-        _ if found.len() == 0 => "an empty file",
-        _ => "a file",
+    match other_than_file(found.mode()) {
+        Some(kind) => kind,
+        None if found.len() == 0 => "an empty file",
+        None => "a file",
     }
 }
 

@@ -24,6 +24,7 @@ use crate::links::Links;
 use crate::memory::DestinationPages;
 use crate::metrics::{Exposition, Listener as MetricsListener, Receiver};
 use crate::moves::{Moves, hint};
+use crate::named_once::place;
 use crate::open::Opening;
 use crate::output::Output;
 use crate::progress::Progress;
@@ -76,9 +77,7 @@ fn record_and_options(args: &args::Receive) -> anyhow::Result<(Arc<Ledger>, Opti
 fn check_metrics(args: &args::Receive, address: &Address) -> anyhow::Result<()> {
     let metrics = args.metrics.as_ref().and_then(crate::metrics::Address::path);
     match (metrics, address) {
-        (Some(metrics), Address::Unix(path))
-            if std::path::absolute(metrics)? == std::path::absolute(path)? =>
-        {
+        (Some(metrics), Address::Unix(path)) if place(metrics) == place(path) => {
             let what = format!(
                 "--metrics unix:{} is that of --listen; expected a path of its own",
                 metrics.display()

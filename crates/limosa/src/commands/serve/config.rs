@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fmt::Display;
 use std::io::Read;
-use std::path::{Path, PathBuf, absolute};
+use std::path::{Path, PathBuf};
 
 use limosa_host::{Group, SocketAccess};
 use limosa_vfio_user::server::DEVICES_MAX;
@@ -16,6 +16,7 @@ use toml::Spanned;
 use crate::args::{self, Model};
 use crate::exit::{self, Code};
 use crate::metrics;
+use crate::named_once::place;
 
 /// The longest configuration file.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -88,16 +89,6 @@ fn check_name(socket: &Path) -> anyhow::Result<()> {
         socket.display()
     );
     Err(exit::error(Code::Usage, what))
-}
-
-/// Where a socket of this path lies: two paths of one place are one socket, whatever links lead there.
-fn place(path: &Path) -> PathBuf {
-    // A link at the path itself may lead to a socket that is yet to be made.
-    let target = std::fs::read_link(path).map(|target| path.parent().unwrap_or(Path::new("")).join(target));
-    let path = target.unwrap_or_else(|_| path.to_owned());
-    let absolute = absolute(&path).unwrap_or(path);
-    let folder = absolute.parent().and_then(|folder| folder.canonicalize().ok());
-    folder.zip(absolute.file_name()).map_or_else(|| absolute.clone(), |(folder, name)| folder.join(name))
 }
 
 fn described(args: &args::Serve) -> anyhow::Result<Vec<Device>> {
