@@ -105,7 +105,7 @@ impl<T> Monitor<T> {
         (self.guard(value), timed_out)
     }
 
-    /// Ends all waits on this monitor. What they wait for was changed with the lock held.
+    /// Ends all waits on this monitor. The caller has changed the value before, with the lock held.
     #[track_caller]
     pub fn notify_all(&self) {
         match hook::current() {

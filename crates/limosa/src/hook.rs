@@ -20,7 +20,7 @@ const VARIABLE: &str = "LIMOSA_HOOK";
 /// How long a command may take, and its processes to be gone once they are killed.
 pub const HOOK_MAX: Duration = Duration::from_secs(10);
 
-/// What happens to processes that a hook has started and that outlive it, when it fails or takes too long.
+/// The treatment of processes that a hook has started and that outlive it, if the hook fails or takes too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leftovers {
     /// They are killed and have ended when this returns, so that they do no more work.

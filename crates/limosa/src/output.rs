@@ -108,7 +108,7 @@ impl Output {
                 text::lines(&String::from_utf8_lossy(&written))
             }
         };
-        // On a terminal, what was said before comes before.
+        // On a terminal, earlier lines come first.
         standard_error::settle();
         let mut to = io::stdout().lock();
         match to.write_all(printed.as_bytes()).and_then(|()| to.flush()) {

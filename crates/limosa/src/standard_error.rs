@@ -1,5 +1,6 @@
-//! Standard error, written by a thread of its own. A terminal that is held (Ctrl-S), or a pipe that nobody reads, blocks who writes to it,
-//! and a thread of a move must not be blocked while a guest stands still. What does not fit into the queue is dropped and counted.
+//! Standard error, written by a thread of its own. A terminal that is held (Ctrl-S), or a pipe that nobody reads, blocks the thread that
+//! writes to it, and a thread of a move must not be blocked while a guest stands still. Lines that do not fit into the queue are dropped
+//! and counted.
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,18 +12,18 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-/// How much waits to be written at most.
+/// The most bytes that wait to be written.
 const LINES_BYTES_MAX: usize = 1 << 20;
-/// A bar is drawn only if less than this waits: nobody sees the others.
+/// A bar is drawn only if fewer bytes than these wait: nobody would see it in time.
 const BAR_BYTES_MAX: usize = 4 << 10;
-/// How long standard output waits for what comes before it here.
+/// How long standard output waits for the lines that precede it here.
 const SETTLE_MAX: Duration = Duration::from_millis(200);
-/// How long the end of the process waits for what is not written yet.
+/// How long the process waits at its end until everything is written.
 const END_MAX: Duration = Duration::from_secs(2);
 
 static QUEUE: Queue = Queue::new();
 
-/// What waits for the thread that writes.
+/// The text for the thread that writes.
 struct Queue {
     state: Mutex<State>,
     changed: Condvar,
@@ -30,7 +31,7 @@ struct Queue {
 
 struct State {
     waiting: VecDeque<Vec<u8>>,
-    /// Of what waits, and of what is being written.
+    /// The bytes that wait, and those that are being written.
     bytes: usize,
     /// How many lines were dropped since one was written.
     dropped: u64,
@@ -47,7 +48,7 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Queues this if less than `bytes_max` would wait then. Returns whether there is a thread that writes.
+    /// Queues this if no more than `bytes_max` bytes wait then. Returns whether there is a thread that writes.
     fn put(&self, text: &[u8], bytes_max: usize, is_line: bool) -> bool {
         let mut state = self.state();
         if !state.has_writer {
@@ -63,7 +64,7 @@ impl Queue {
         true
     }
 
-    /// The next text to write, and after a gap, what is missing.
+    /// The next text to write; after a gap, the number of lines that are missing.
     fn next(&self) -> Vec<u8> {
         let mut state = self.state();
         loop {
@@ -101,7 +102,7 @@ impl Queue {
     }
 }
 
-/// Starts the thread. Without it, whoever writes is blocked.
+/// Starts the thread. Without it, callers write themselves, and may be blocked.
 pub fn begin() {
     QUEUE.state().has_writer = true;
     let write = || {
@@ -116,12 +117,12 @@ pub fn begin() {
     }
 }
 
-/// Waits for what is not written yet, for a moment: the process ends.
+/// Waits until everything is written, but not for long: the process ends.
 pub fn end() {
     QUEUE.drain(END_MAX);
 }
 
-/// Waits for what is not written yet, for less than that: something is written to standard output, which may be the same terminal.
+/// Waits until everything is written, for a shorter time: a caller is about to write to standard output, which may be the same terminal.
 pub fn settle() {
     QUEUE.drain(SETTLE_MAX);
 }

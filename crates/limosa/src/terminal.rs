@@ -76,7 +76,7 @@ impl Drop for Bar {
     }
 }
 
-/// What is drawn of a bar at once.
+/// The text of one drawing of a bar.
 #[derive(Debug, Default)]
 struct Drawing(Mutex<String>);
 

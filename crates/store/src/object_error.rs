@@ -7,9 +7,9 @@ pub enum ObjectError {
     /// The address is not of the form `s3://BUCKET/KEY`.
     #[error("`{url}`: {what}; expected s3://BUCKET/KEY, such as s3://snapshots/guest-17")]
     Url {
-        /// What was given.
+        /// The address.
         url: String,
-        /// What is wrong with it.
+        /// The fault.
         what: String,
     },
     /// A variable is missing, or has no valid value.
@@ -17,7 +17,7 @@ pub enum ObjectError {
     Config {
         /// The object.
         url: String,
-        /// What is missing or wrong, and what to do.
+        /// The missing or invalid variable, and the remedy.
         what: String,
     },
     /// The thread of the client could not be started.

@@ -1,4 +1,4 @@
-//! What a refusal by the kernel means to an operator: which request, which errno, and what to do.
+//! The kernel's refusals as an operator reads them: the request, the errno, its meaning and the remedy.
 //!
 //! The errnos are those of `drivers/vfio`, of the drivers with migration, and those that `vfio.h` promises.
 

@@ -174,7 +174,7 @@ fn a_device_was_served_at_a_path_that_no_command_could_name() {
         assert!(failure["message"].as_str().unwrap().contains("not UTF-8"), "{failure}");
         assert!(!socket.exists() && !folder.path("other").exists());
     }
-    // What is wrong with the command line of another command is said with its name.
+    // An error in the command line of another command names that command.
     let mut probe = std::process::Command::new(env!("CARGO_BIN_EXE_limosa"));
     probe.args(["--json", "--timeout", "1", "probe"]).arg(&socket);
     let failure = crate::support::Running::start(&mut probe).end().json_failure(2);

@@ -32,7 +32,7 @@ fn no_line_of_a_move_is_wider_than_its_terminal() {
         assert!(screen.wrapped().is_empty(), "at {columns} columns: {screen:?}");
         let bars: Vec<_> = screen.shown().iter().filter(|row| has_spinner(row)).collect();
         assert!(bars.iter().any(|bar| bar.contains(" % ") && bar.contains("to go")), "{bars:?}");
-        // What matters least is left out where it does not fit.
+        // The least important part is left out if it does not fit.
         let is_complete =
             |bar: &&String| ["of 2.00 MiB", "/s ", "to go"].iter().all(|part| bar.contains(part));
         assert_eq!(bars.iter().copied().any(|bar| is_complete(&bar)), columns == 80, "{bars:?}");

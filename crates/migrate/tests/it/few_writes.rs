@@ -68,7 +68,7 @@ fn source(bytes: usize, says: usize) -> Hooked {
     device.making_up(Arc::new(Gives(Mutex::new(bytes))))
 }
 
-/// What a link notes of a move of these devices.
+/// The notes of a link about a move of these devices.
 fn noted(here: &[Hooked]) -> Notes {
     let count = here.len();
     let there: Vec<_> = (0..count).map(|_| Hooked::new("there", MigrationFlags::SETS[0], &[])).collect();
@@ -88,7 +88,7 @@ fn noted(here: &[Hooked]) -> Notes {
     near.notes.into_inner().unwrap().1
 }
 
-/// The writes with frames of devices of a move of so many with this much data each.
+/// The writes that carry frames of devices, in a move of this many devices with this much data each.
 fn writes(count: usize, bytes: usize) -> Vec<Vec<Kind>> {
     let here: Vec<_> = (0..count).map(|_| source(bytes, bytes)).collect();
     let writes = noted(&here).writes;

@@ -219,7 +219,7 @@ kinds! {
             "limosa resolve DEVICE, if there is a note of it; otherwise as the finding says.";
         IN_DOUBT = "device-in-doubt", Blocker, Any: "The device stays stopped until a move of it is decided.",
             "A sender was about to commit, and has not told the device how the move ended; or the move is done, and its guest runs elsewhere.",
-            "limosa resolve DEVICE if its move is noted here; otherwise as the finding says, only if its guest runs nowhere else.";
+            "limosa resolve DEVICE, if its move is noted here; otherwise the command that the finding names, but only if its guest runs nowhere else.";
         NOT_RESTORED = "device-not-restored", Blocker, Any: "The device does not run again after the measurement.",
             "An arc back to RUNNING failed.",
             "limosa state DEVICE set RUNNING; if that is refused, limosa state DEVICE reset, which loses its state.";

@@ -15,7 +15,7 @@ use super::{ANSWER_LIMIT, deadline};
 /// How long devices may take to load where the old server does not say when it takes back.
 const LOAD_LIMIT: Duration = Duration::from_secs(1);
 
-/// What is done with the new devices.
+/// The stage of the new devices.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Stage {
     /// A round of the transfer while the old devices run, with its limit.
@@ -69,7 +69,7 @@ impl Task {
     }
 }
 
-/// What a device does with an item of this kind; 0 is what follows all items.
+/// A device's work on an item of this kind, for messages; 0 stands for the work after all items.
 fn doing(kind: u16, stage: Stage) -> &'static str {
     match (kind, stage) {
         (0, Stage::Prepare(_)) => "entering RESUMING",
